@@ -1,0 +1,188 @@
+// Memory, threads and the constants of one call, for both passes.
+#pragma once
+
+#include "cpu/gated_excitation.h"
+#include "cpu/image.h"
+#include "cpu/vector.h"
+
+namespace pyext::cpu::PYEXT_CAPABILITY {
+namespace {
+
+using namespace pyext::gated_excitation;
+
+constexpr int kTaps = 9;
+constexpr int kMaps = 1 + 2 * kTaps;  // forget, branch 3, branch 5
+constexpr int64_t kChunk = 128;       // positions whose shifted probabilities stay in the first-level cache
+constexpr int64_t kStripPositions = 1024;
+
+struct Tap {
+  int dy, dx;
+};
+
+// Offset of tap k in a 3x3 window of dilation 1 (branch kMix3) or 2 (branch kMix5).
+constexpr Tap tap(int branch, int k) {
+  const int dilation = branch == kMix3 ? 1 : 2;
+  return {(k / 3 - 1) * dilation, (k % 3 - 1) * dilation};
+}
+
+// Hands out pieces of one block; the first pass, with a null base, measures the block.
+class Arena {
+ public:
+  explicit Arena(char* base) : base_(base) {}
+  template <typename T>
+  T* take(int64_t n) {
+    T* p = reinterpret_cast<T*>(base_ + used_);
+    used_ += (n * sizeof(T) + 63) / 64 * 64;
+    return p;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+template <typename Buffers, typename... Args>
+Buffers carve_scratch(const Host& host, const Args&... args) {
+  Buffers buffers;
+  Arena measure(nullptr);
+  buffers.carve(measure, args...);
+  Arena arena(static_cast<char*>(host.scratch(measure.used())));
+  buffers.carve(arena, args...);
+  return buffers;
+}
+
+template <typename T>
+T* shared(const Host& host, int64_t n) {
+  return static_cast<T*>(host.shared(host.self, n * sizeof(T)));
+}
+
+template <typename F>
+void parallel(const Host& host, int64_t tasks, F work) {
+  host.parallel(tasks, [](void* context, int64_t task) { (*static_cast<F*>(context))(task); }, &work);
+}
+
+// Splits [0, n) into `tasks` runs of nearly equal length; returns the first index of run `task`.
+inline int64_t split(int64_t n, int64_t tasks, int64_t task) { return n * task / tasks; }
+
+inline int64_t task_count(const Host& host, int64_t n) { return n < host.threads ? n : host.threads; }
+
+// Calls work(n) for every image, in runs of one per thread.
+template <typename F>
+void parallel_images(const Host& host, int64_t batch, F work) {
+  const int64_t tasks = task_count(host, batch);
+  parallel(host, tasks, [&](int64_t task) {
+    for (int64_t n = split(batch, tasks, task); n < split(batch, tasks, task + 1); ++n) work(n);
+  });
+}
+
+
+// Per channel, in the order in which the inner loops read them.
+template <typename T>
+struct Channel {
+  T scale[2], shift[2];  // BN of branches 3 and 5 as u * scale + shift
+  T kernel[2][kTaps];
+};
+
+template <typename T>
+struct ProjectionWeights {
+  T forget;
+  T mix[2][kTaps];
+};
+
+template <typename T>
+struct Call {
+  const GatedExcitation& args;
+  const Host& host;
+  Sizes sizes;
+  Extent extent;
+  int64_t pitch = 0;          // round_up(P)
+  int64_t channel_pitch = 0;  // round_up(C)
+  int64_t forget_pitch = 0;   // round_up(F): where the attention part of a hidden vector starts
+  int64_t hidden_pitch = 0;   // round_up(F) + round_up(R)
+  const T* parameters[kNumParameters] = {};
+  const T* running[kNumRunning] = {};
+  Channel<T>* channels = nullptr;
+  T* column_mask[5] = {};  // [dx + 2][p]: 1 where column(p) + dx lies inside the map
+};
+
+// A parameter in the accumulate type: its own memory, or a converted copy.
+template <typename T>
+const T* as_accumulate(const Host& host, const void* data, DType dtype, int64_t n) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (dtype == DType::kBFloat16 || dtype == DType::kHalf) {
+      T* to = shared<T>(host, n);
+      if (dtype == DType::kHalf) {
+        convert(static_cast<const Half*>(data), to, n);
+      } else {
+        convert(static_cast<const BFloat16*>(data), to, n);
+      }
+      return to;
+    }
+  }
+  return static_cast<const T*>(data);
+}
+
+template <typename T>
+Call<T> begin_call(const GatedExcitation& args, const Host& host) {
+  const Sizes& s = args.sizes;
+  Call<T> call{args, host, s, {s.channels, s.height, s.width}};
+  call.pitch = round_up<T>(s.positions());
+  call.channel_pitch = round_up<T>(s.channels);
+  call.forget_pitch = round_up<T>(s.forget);
+  call.hidden_pitch = call.forget_pitch + round_up<T>(s.attention);
+  for (int k = 0; k < kNumParameters; ++k) {
+    call.parameters[k] =
+        as_accumulate<T>(host, args.parameters[k], args.parameter_dtype, parameter_numel(k, s));
+  }
+  const int64_t lengths[4] = {s.channels, s.channels, s.attention, s.forget};
+  for (int k = 0; k < kNumRunning && !args.training; ++k) {
+    call.running[k] = as_accumulate<T>(host, args.running[k], args.running_dtype, lengths[k / 2]);
+  }
+  const int64_t mask_pitch = call.pitch + kLanes<T>;  // strips read vectors that start anywhere
+  T* masks = shared<T>(host, 5 * mask_pitch);
+  for (int i = 0; i < 5; ++i) {
+    call.column_mask[i] = masks + i * mask_pitch;
+    for (int64_t p = 0; p < mask_pitch; ++p) {
+      const int64_t column = p % s.width + i - 2;
+      call.column_mask[i][p] = column >= 0 && column < s.width ? 1 : 0;
+    }
+  }
+  return call;
+}
+
+// BN of the two branches as u * scale + shift, from the batch's statistics or the running ones.
+template <typename T>
+void prepare_channels(Call<T>& call) {
+  const int64_t channels = call.sizes.channels;
+  call.channels = shared<Channel<T>>(call.host, channels);
+  const T* batch = static_cast<const T*>(call.args.map_statistics);
+  for (int b = 0; b < 2; ++b) {
+    const T* mean = call.args.training ? batch : call.running[b ? kNorm5Mean : kNorm3Mean];
+    const T* var = call.args.training ? batch + channels : call.running[b ? kNorm5Var : kNorm3Var];
+    const T* weight = call.parameters[b ? kNorm5Weight : kNorm3Weight];
+    const T* bias = call.parameters[b ? kNorm5Bias : kNorm3Bias];
+    const T* kernel = call.parameters[b ? kConv5Weight : kConv3Weight];
+    for (int64_t c = 0; c < channels; ++c) {
+      Channel<T>& channel = call.channels[c];
+      channel.scale[b] = weight[c] / std::sqrt(var[c] + static_cast<T>(call.args.eps));
+      channel.shift[b] = bias[c] - mean[c] * channel.scale[b];
+      for (int k = 0; k < kTaps; ++k) channel.kernel[b][k] = kernel[c * kTaps + k];
+    }
+  }
+}
+
+// weights[c] for `project`: per-channel factors times the depthwise kernels.
+template <typename T>
+void projection_weights(const Call<T>& call, const T* forget, const T* mix3, const T* mix5, ProjectionWeights<T>* to) {
+  for (int64_t c = 0; c < call.sizes.channels; ++c) {
+    to[c].forget = forget[c];
+    for (int k = 0; k < kTaps; ++k) {
+      to[c].mix[0][k] = mix3[c] * call.channels[c].kernel[0][k];
+      to[c].mix[1][k] = mix5[c] * call.channels[c].kernel[1][k];
+    }
+  }
+}
+
+}  // namespace
+}  // namespace pyext::cpu::PYEXT_CAPABILITY

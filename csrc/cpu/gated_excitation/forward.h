@@ -1,0 +1,205 @@
+// Forward pass: one sweep over the images in evaluation; statistics, pooling and output in training.
+#pragma once
+
+#include "cpu/gated_excitation/gates.h"
+#include "cpu/gated_excitation/position.h"
+
+namespace pyext::cpu::PYEXT_CAPABILITY {
+namespace {
+
+template <typename T>
+struct ForwardScratch {
+  T* image;
+  T* result;
+  T* shifted;  // 2 x 9 x kChunk
+  PositionMaps<T> position;
+  StripMaps<T> strip;
+  GateVectors<T> gates;
+  LaneSums<T> sums;
+  void carve(Arena& arena, const Call<T>& call) {
+    const Sizes& s = call.sizes;
+    image = arena.take<T>(s.channels * call.pitch);
+    result = arena.take<T>(s.channels * call.pitch);
+    shifted = arena.take<T>(2 * kTaps * kChunk);
+    position.carve(arena, s);
+    strip.carve(arena, s);
+    gates.carve(arena, call);
+    sums = reinterpret_cast<LaneSums<T>>(arena.take<Vec<T>>(kNumBranches * s.channels));
+  }
+};
+
+// Mean and squared deviation sum of every channel of one image, in two passes over data in cache: to[2 c], to[2 c + 1].
+template <typename T>
+void image_moments(const Call<T>& call, const Image<const T>& u, T* to) {
+  const int64_t positions = call.sizes.positions(), whole = positions / kLanes<T> * kLanes<T>;
+  for (int64_t c = 0; c < call.sizes.channels; ++c) {
+    const T* x = u.row(c);
+    Vec<T> sum{}, squares{};
+    T tail = 0;
+    for (int64_t p = 0; p < whole; p += kLanes<T>) sum += load<T>(x + p);
+    for (int64_t p = whole; p < positions; ++p) tail += x[p];
+    const T mean = (sum_lanes<T>(sum) + tail) / positions;
+    tail = 0;
+    for (int64_t p = 0; p < whole; p += kLanes<T>) {
+      const Vec<T> d = load<T>(x + p) - mean;
+      squares += d * d;
+    }
+    for (int64_t p = whole; p < positions; ++p) tail += (x[p] - mean) * (x[p] - mean);
+    to[2 * c] = mean;
+    to[2 * c + 1] = sum_lanes<T>(squares) + tail;
+  }
+}
+
+// Mean and biased variance per column from `groups` rows of (mean, squared deviation sum) of equal weight, merged in a
+// fixed order (Chan, Golub, LeVeque 1979).
+template <typename T>
+void merge_moments(const T* moments, int64_t groups, int64_t columns, int64_t weight, T* mean, T* var) {
+  for (int64_t c = 0; c < columns; ++c) {
+    T m = 0, squares = 0;
+    for (int64_t g = 0; g < groups; ++g) {
+      const T delta = moments[2 * (g * columns + c)] - m;
+      m += delta / static_cast<T>(g + 1);
+      squares += moments[2 * (g * columns + c) + 1] + delta * delta * weight * g / static_cast<T>(g + 1);
+    }
+    mean[c] = m;
+    var[c] = squares / (static_cast<T>(groups) * weight);
+  }
+}
+
+template <typename S, typename T>
+void map_statistics(const Call<T>& call) {
+  const Sizes& s = call.sizes;
+  T* moments = shared<T>(call.host, 2 * s.batch * s.channels);
+  parallel_images(call.host, s.batch, [&](int64_t n) {
+    T* scratch = static_cast<T*>(call.host.scratch(s.channels * call.pitch * sizeof(T)));
+    const Image<const T> u = load_image<S>(call.args.u, n, s.batch, call.extent, scratch);
+    image_moments(call, u, moments + 2 * n * s.channels);
+  });
+  T* statistics = static_cast<T*>(call.args.map_statistics);
+  merge_moments(moments, s.batch, s.channels, s.positions(), statistics, statistics + s.channels);
+}
+
+template <typename T>
+void hidden_statistics(const Call<T>& call) {
+  const int64_t batch = call.sizes.batch, units = call.sizes.hidden();
+  const T* hidden = static_cast<const T*>(call.args.hidden);
+  T* mean = static_cast<T*>(call.args.hidden_statistics);
+  T* var = mean + units;
+  for (int64_t j = 0; j < units; ++j) {
+    T sum = 0, squares = 0;
+    for (int64_t n = 0; n < batch; ++n) sum += hidden[n * units + j];
+    mean[j] = sum / batch;
+    for (int64_t n = 0; n < batch; ++n) squares += (hidden[n * units + j] - mean[j]) * (hidden[n * units + j] - mean[j]);
+    var[j] = squares / batch;
+  }
+}
+
+// Position probabilities, pooled vectors and hidden vectors of one image.
+template <typename T>
+void pool_image(const Call<T>& call, const ProjectionWeights<T>* weights, const Gates<T>& gates,
+                const Image<const T>& u, const ForwardScratch<T>& scratch) {
+  const Sizes& s = call.sizes;
+  const int64_t positions = s.positions();
+  position_sums(call, u, weights, scratch.strip, scratch.position);
+  for (T* map : scratch.position.map) softmax(map, positions);
+  scratch.position.clear_margins(s);
+  std::memset(static_cast<void*>(scratch.sums), 0, s.channels * sizeof(*scratch.sums));
+  for (int64_t begin = 0; begin < positions; begin += kChunk) {
+    const int64_t end = begin + kChunk < positions ? begin + kChunk : positions;
+    shift_chunk<T, kMix3>(call, scratch.position.map[kMix3], begin, end, scratch.shifted);
+    shift_chunk<T, kMix5>(call, scratch.position.map[kMix5], begin, end, scratch.shifted + kTaps * kChunk);
+    pool_chunk(call, u, scratch.position.map[kForget], scratch.shifted, begin, end, scratch.sums);
+  }
+  finish_sums<T>(scratch.sums, s.channels, call.channel_pitch, scratch.gates.pooled);
+  hidden_vectors(call, gates, scratch.gates);
+}
+
+// Copies between the padded vectors of one image and row n of the caller's dense tensors; direction by `copy`.
+template <typename T, typename Copy>
+void saved_vectors(const Call<T>& call, int64_t n, const GateVectors<T>& v, Copy copy) {
+  const Sizes& s = call.sizes;
+  T* pooled = static_cast<T*>(call.args.pooled) + n * kNumBranches * s.channels;
+  T* hidden = static_cast<T*>(call.args.hidden) + n * s.hidden();
+  for (int b = 0; b < kNumBranches; ++b) copy(pooled + b * s.channels, v.pooled + b * call.channel_pitch, s.channels);
+  copy(hidden, v.hidden, s.forget);
+  copy(hidden + s.forget, v.hidden + call.forget_pitch, s.attention);
+}
+
+template <typename T>
+void save_image(const Call<T>& call, int64_t n, const ForwardScratch<T>& scratch) {
+  const int64_t positions = call.sizes.positions();
+  if (call.args.position) {
+    T* to = static_cast<T*>(call.args.position) + n * kNumBranches * positions;
+    for (int b = 0; b < kNumBranches; ++b) {
+      std::memcpy(to + b * positions, scratch.position.map[b], positions * sizeof(T));
+    }
+  }
+  if (call.args.pooled) {
+    saved_vectors(call, n, scratch.gates, [](T* saved, const T* local, int64_t count) {
+      std::memcpy(saved, local, count * sizeof(T));
+    });
+  }
+}
+
+template <typename T>
+void restore_vectors(const Call<T>& call, int64_t n, const GateVectors<T>& v) {
+  std::memset(v.pooled, 0, kNumBranches * call.channel_pitch * sizeof(T));
+  std::memset(v.hidden, 0, call.hidden_pitch * sizeof(T));
+  saved_vectors(call, n, v, [](const T* saved, T* local, int64_t count) {
+    std::memcpy(local, saved, count * sizeof(T));
+  });
+}
+
+// f * u + n of one image, straight into the tensor where its memory is an image, else by way of `scratch`.
+template <typename S, typename T>
+void write_output(const Call<T>& call, int64_t n, const Image<const T>& u, const GateVectors<T>& v, T* scratch) {
+  const Map& out = call.args.out;
+  Image<T> to{scratch, call.pitch};
+  bool direct = false;
+  if constexpr (std::is_same_v<S, T>) {
+    direct = is_image<S>(out, call.extent);
+    if (direct) to = {image_data<S>(out, n), out.stride[1]};
+  }
+  for (int64_t c = 0; c < call.sizes.channels; ++c) {
+    const T *from = u.row(c);
+    T *row = to.row(c);
+    for (int64_t p = 0; p < call.pitch; p += kLanes<T>) store<T>(row + p, load<T>(from + p) * v.forget[c] + v.added[c]);
+  }
+  if (!direct) store_image<S>(Image<const T>{to.data, to.pitch}, out, n, call.extent);
+}
+
+template <typename S>
+void forward(const GatedExcitation& args, const Host& host) {
+  using T = Accumulate<S>;
+  Call<T> call = begin_call<T>(args, host);
+  const Sizes& s = call.sizes;
+  if (args.training) map_statistics<S>(call);
+  prepare_channels(call);
+  Gates<T> gates = prepare_gates(call);
+  auto* weights = shared<ProjectionWeights<T>>(host, s.channels);
+  projection_weights(call, call.parameters[kForgetContextWeight], call.parameters[kContext3Weight],
+                     call.parameters[kContext5Weight], weights);
+  if (!args.training) prepare_hidden_norm(call, gates);
+  parallel_images(host, s.batch, [&](int64_t n) {
+    const auto scratch = carve_scratch<ForwardScratch<T>>(host, call);
+    const Image<const T> u = load_image<S>(args.u, n, s.batch, call.extent, scratch.image);
+    pool_image(call, weights, gates, u, scratch);
+    save_image(call, n, scratch);
+    if (args.training) return;
+    gate_vectors(call, gates, scratch.gates);
+    write_output<S>(call, n, u, scratch.gates, scratch.result);
+  });
+  if (!args.training) return;
+  hidden_statistics(call);
+  prepare_hidden_norm(call, gates);
+  parallel_images(host, s.batch, [&](int64_t n) {
+    const auto scratch = carve_scratch<ForwardScratch<T>>(host, call);
+    const Image<const T> u = load_image<S>(args.u, n, s.batch, call.extent, scratch.image);
+    restore_vectors(call, n, scratch.gates);
+    gate_vectors(call, gates, scratch.gates);
+    write_output<S>(call, n, u, scratch.gates, scratch.result);
+  });
+}
+
+}  // namespace
+}  // namespace pyext::cpu::PYEXT_CAPABILITY

@@ -1,0 +1,153 @@
+// The gates of one image: from pooled vectors to the scale f and the added vector n.
+#pragma once
+
+#include "cpu/gated_excitation/call.h"
+
+namespace pyext::cpu::PYEXT_CAPABILITY {
+namespace {
+
+// A linear layer with its weight transposed to (inputs, round_up(outputs)), so that lanes are outputs.
+template <typename T>
+struct Linear {
+  const T* weight;
+  const T* bias;
+  int64_t inputs, outputs;
+  int64_t pitch() const { return round_up<T>(outputs); }
+};
+
+template <typename T>
+Linear<T> transposed(const Call<T>& call, int weight, int bias, int64_t inputs, int64_t outputs) {
+  const int64_t pitch = round_up<T>(outputs);
+  T* w = shared<T>(call.host, inputs * pitch);
+  T* b = shared<T>(call.host, pitch);
+  const T* from = call.parameters[weight];
+  transpose_matrix(from, inputs, from + inputs * outputs, outputs, inputs, w, pitch);
+  for (int64_t i = 0; i < pitch; ++i) b[i] = i < outputs ? call.parameters[bias][i] : 0;
+  return {w, b, inputs, outputs};
+}
+
+// to[0 .. round_up(outputs)) = W x + b. Four sums per output hide the latency of the additions.
+template <typename T>
+void apply(const Linear<T>& linear, const T* x, T* to) {
+  const int64_t pitch = linear.pitch();
+  for (int64_t i = 0; i < pitch; i += kLanes<T>) {
+    Vec<T> sum[4] = {load<T>(linear.bias + i)};
+    int64_t j = 0;
+    for (; j + 4 <= linear.inputs; j += 4) {
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) sum[k] += load<T>(linear.weight + (j + k) * pitch + i) * x[j + k];
+    }
+    for (; j < linear.inputs; ++j) sum[0] += load<T>(linear.weight + j * pitch + i) * x[j];
+    store<T>(to + i, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+  }
+}
+
+template <typename T>
+struct Gates {
+  Linear<T> forget1, forget2, all, select3, select5;
+  T* scale;  // BN1d of the hidden vector [forget; attention], each part padded to whole vectors
+  T* shift;
+};
+
+template <typename T>
+Gates<T> prepare_gates(const Call<T>& call) {
+  const Sizes& s = call.sizes;
+  return {transposed(call, kForget1Weight, kForget1Bias, s.channels, s.forget),
+          transposed(call, kForget2Weight, kForget2Bias, s.forget, s.channels),
+          transposed(call, kAllWeight, kAllBias, 2 * s.channels, s.attention),
+          transposed(call, kSelect3Weight, kSelect3Bias, s.attention, s.channels),
+          transposed(call, kSelect5Weight, kSelect5Bias, s.attention, s.channels),
+          shared<T>(call.host, call.hidden_pitch),
+          shared<T>(call.host, call.hidden_pitch)};
+}
+
+// BN1d statistics as the gates use them, for hidden unit j in [0, F + R) of the unpadded order.
+template <typename T>
+struct HiddenUnit {
+  T mean, var, weight, bias;
+};
+
+template <typename T>
+HiddenUnit<T> hidden_unit(const Call<T>& call, int64_t j) {
+  const Sizes& s = call.sizes;
+  const bool forget = j < s.forget;
+  const int64_t i = forget ? j : j - s.forget;
+  const T* batch = static_cast<const T*>(call.args.hidden_statistics);
+  const T weight = call.parameters[forget ? kForgetNormWeight : kAttentionNormWeight][i];
+  const T bias = call.parameters[forget ? kForgetNormBias : kAttentionNormBias][i];
+  if (call.args.training) return {batch[j], batch[s.hidden() + j], weight, bias};
+  return {call.running[forget ? kForgetMean : kAttentionMean][i], call.running[forget ? kForgetVar : kAttentionVar][i],
+          weight, bias};
+}
+
+// Place of hidden unit j in a padded hidden vector.
+template <typename T>
+int64_t hidden_place(const Call<T>& call, int64_t j) {
+  return j < call.sizes.forget ? j : call.forget_pitch + j - call.sizes.forget;
+}
+
+template <typename T>
+void prepare_hidden_norm(const Call<T>& call, Gates<T>& gates) {
+  std::memset(gates.scale, 0, call.hidden_pitch * sizeof(T));
+  std::memset(gates.shift, 0, call.hidden_pitch * sizeof(T));
+  for (int64_t j = 0; j < call.sizes.hidden(); ++j) {
+    const HiddenUnit<T> unit = hidden_unit(call, j);
+    const int64_t i = hidden_place(call, j);
+    gates.scale[i] = unit.weight / std::sqrt(unit.var + static_cast<T>(call.args.eps));
+    gates.shift[i] = unit.bias - unit.mean * gates.scale[i];
+  }
+}
+
+// Vectors of one image between its pooled vectors and its output; all padded to whole vectors.
+template <typename T>
+struct GateVectors {
+  T* pooled;  // [c_f | c_3 | c_5], pitch round_up(C)
+  T* both;    // [c_3; c_5] without padding between
+  T* hidden;  // [h_f | h_a]
+  T* active;  // tanh(BN1d(hidden))
+  T* forget;  // f
+  T* alpha;
+  T* select;  // logits of the two branches, 2 x round_up(C)
+  T* added;   // n
+  void carve(Arena& arena, const Call<T>& call) {
+    pooled = arena.take<T>(3 * call.channel_pitch);
+    both = arena.take<T>(2 * call.sizes.channels);
+    hidden = arena.take<T>(call.hidden_pitch);
+    active = arena.take<T>(call.hidden_pitch);
+    forget = arena.take<T>(call.channel_pitch);
+    alpha = arena.take<T>(call.channel_pitch);
+    select = arena.take<T>(2 * call.channel_pitch);
+    added = arena.take<T>(call.channel_pitch);
+  }
+};
+
+template <typename T>
+void hidden_vectors(const Call<T>& call, const Gates<T>& gates, const GateVectors<T>& v) {
+  const int64_t c = call.sizes.channels;
+  std::memcpy(v.both, v.pooled + kMix3 * call.channel_pitch, c * sizeof(T));
+  std::memcpy(v.both + c, v.pooled + kMix5 * call.channel_pitch, c * sizeof(T));
+  apply(gates.forget1, v.pooled, v.hidden);
+  apply(gates.all, v.both, v.hidden + call.forget_pitch);
+}
+
+template <typename T>
+void gate_vectors(const Call<T>& call, const Gates<T>& gates, const GateVectors<T>& v) {
+  const int64_t pitch = call.channel_pitch;
+  for (int64_t i = 0; i < call.hidden_pitch; i += kLanes<T>) {
+    const Vec<T> normed = load<T>(v.hidden + i) * load<T>(gates.scale + i) + load<T>(gates.shift + i);
+    store<T>(v.active + i, tanh(normed));
+  }
+  apply(gates.forget2, v.active, v.forget);
+  apply(gates.select3, v.active + call.forget_pitch, v.select);
+  apply(gates.select5, v.active + call.forget_pitch, v.select + pitch);
+  for (int64_t i = 0; i < pitch; i += kLanes<T>) {
+    const Vec<T> alpha = sigmoid<T>(load<T>(v.select + i) - load<T>(v.select + pitch + i));
+    const Vec<T> c3 = load<T>(v.pooled + kMix3 * pitch + i), c5 = load<T>(v.pooled + kMix5 * pitch + i);
+    store<T>(v.forget + i, sigmoid<T>(load<T>(v.forget + i)));
+    store<T>(v.alpha + i, alpha);
+    store<T>(v.added + i, alpha * c3 + (1 - alpha) * c5);
+  }
+}
+
+}  // namespace
+}  // namespace pyext::cpu::PYEXT_CAPABILITY

@@ -1,0 +1,59 @@
+// The Host services of csrc/cpu/gated_excitation.h on top of torch: its thread pool and its allocator.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdlib>
+#include <new>
+#include <vector>
+
+#include "cpu/gated_excitation.h"
+
+namespace pyext::cpu {
+
+struct AlignedDelete {
+  void operator()(void* p) const { std::free(p); }
+};
+using AlignedBuffer = std::unique_ptr<void, AlignedDelete>;
+
+inline AlignedBuffer allocate_aligned(size_t bytes) {
+  void* p = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+  if (!p && bytes > 0) throw std::bad_alloc();
+  return AlignedBuffer(p);
+}
+
+// Grows to the largest request of its thread and is kept, since fresh pages cost more than the kernels' arithmetic.
+inline void* thread_scratch(size_t bytes) {
+  thread_local AlignedBuffer buffer;
+  thread_local size_t capacity = 0;
+  if (bytes > capacity) {
+    buffer.reset();
+    buffer = allocate_aligned(bytes);
+    capacity = bytes;
+  }
+  return buffer.get();
+}
+
+inline void run_tasks(int64_t tasks, void (*work)(void*, int64_t), void* context) {
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) work(context, task);
+  });
+}
+
+// Owns the memory that one call shares among its threads.
+class CallMemory {
+ public:
+  Host host() {
+    return {this, static_cast<int64_t>(torch::stable::get_num_threads()), run_tasks, thread_scratch, allocate};
+  }
+
+ private:
+  static void* allocate(void* self, size_t bytes) {
+    auto& buffers = static_cast<CallMemory*>(self)->buffers_;
+    buffers.push_back(allocate_aligned(bytes));
+    return buffers.back().get();
+  }
+  std::vector<AlignedBuffer> buffers_;
+};
+
+}  // namespace pyext::cpu

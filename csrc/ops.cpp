@@ -1,0 +1,25 @@
+// Every operator of the library, declared once. Kernels register themselves under a dispatch key in
+// csrc/cpu/<op>.cpp and csrc/cuda/<op>_bind.cpp; shape functions and gradients are added in pyext/ops/<op>.py.
+// `parameters` and `running` follow the order of pyext/ops/gated_excitation.py (PARAMETERS, RUNNING) and
+// csrc/math/gated_excitation.h. Variants have names, not overloads: at exit torch removes schemas one by one and stops at
+// a sibling overload whose schema is gone while a kernel registered from Python still holds it.
+#include <torch/csrc/stable/library.h>
+
+#define GATED_EXCITATION_INPUTS "Tensor u, Tensor[] parameters, Tensor[] running, bool training, float eps"
+#define GATED_EXCITATION_BACKWARD                                                                        \
+  "(Tensor grad_out, Tensor u, Tensor[] parameters, Tensor[] running, Tensor position, Tensor pooled, "  \
+  "Tensor hidden, Tensor map_statistics, Tensor hidden_statistics, bool training, float eps)"            \
+  " -> (Tensor grad_u, Tensor grad_parameters)"
+#define GATED_EXCITATION_SAVED \
+  "Tensor position, Tensor pooled, Tensor hidden, Tensor map_statistics, Tensor hidden_statistics"
+
+STABLE_TORCH_LIBRARY(pyext, m) {
+  m.def("gated_excitation(" GATED_EXCITATION_INPUTS ", bool save) -> (Tensor out, " GATED_EXCITATION_SAVED ")");
+  m.def("gated_excitation_triton(" GATED_EXCITATION_INPUTS ", bool save) -> (Tensor out, " GATED_EXCITATION_SAVED ")");
+  m.def("gated_excitation_out(" GATED_EXCITATION_INPUTS
+        ", *, Tensor(a!) out) -> (Tensor map_statistics, Tensor hidden_statistics)");
+  m.def("gated_excitation_triton_out(" GATED_EXCITATION_INPUTS
+        ", *, Tensor(a!) out) -> (Tensor map_statistics, Tensor hidden_statistics)");
+  m.def("gated_excitation_backward" GATED_EXCITATION_BACKWARD);
+  m.def("gated_excitation_backward_triton" GATED_EXCITATION_BACKWARD);
+}

@@ -1,0 +1,398 @@
+"""Gated multi-scale excitation: all of an HCGNet module after its squeeze cell, as one operator.
+
+Source: HCGNet, arXiv 1908.09699, section 3 (forget gate, multi-scale excitation, update gate). The equations, for one
+image with ``C`` channels and ``P = H*W`` positions, ``r_k = relu(BN_k(u))``:
+
+    forget gate        c_f = sum_p softmax_p(w_f u) u        f = sigmoid(W2 tanh(BN1d(W1 c_f)))
+    excitation, k=3,5  a_k = depthwise3x3(r_k)               c_k = sum_p softmax_p(w_k a_k) a_k     (k=5: dilation 2)
+    update gate        t = tanh(BN1d(W [c_3; c_5]))          (alpha, beta) = softmax over {3, 5} of (W_3 t, W_5 t)
+    output             f * u + alpha * c_3 + beta * c_5
+
+The maps ``a_3`` and ``a_5`` reach the output only through their pooled vectors, so no kernel stores them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyext import _backend, _library
+
+_OPS = torch.ops.pyext
+
+PARAMETERS = (
+    "conv_3x3.norm.weight",
+    "conv_3x3.norm.bias",
+    "conv_3x3.conv.weight",
+    "conv_5x5.norm.weight",
+    "conv_5x5.norm.bias",
+    "conv_5x5.conv.weight",
+    "global_context3x3.weight",
+    "global_context3x3.bias",
+    "global_context5x5.weight",
+    "global_context5x5.bias",
+    "fcall.weight",
+    "fcall.bias",
+    "bn_attention.weight",
+    "bn_attention.bias",
+    "fc3x3.weight",
+    "fc3x3.bias",
+    "fc5x5.weight",
+    "fc5x5.bias",
+    "global_forget_context.weight",
+    "global_forget_context.bias",
+    "bn_forget.weight",
+    "bn_forget.bias",
+    "fc1.weight",
+    "fc1.bias",
+    "fc2.weight",
+    "fc2.bias",
+)
+"""State-dict names of the operator's parameters, in the order in which every layer passes them."""
+
+RUNNING = (
+    "conv_3x3.norm.running_mean",
+    "conv_3x3.norm.running_var",
+    "conv_5x5.norm.running_mean",
+    "conv_5x5.norm.running_var",
+    "bn_attention.running_mean",
+    "bn_attention.running_var",
+    "bn_forget.running_mean",
+    "bn_forget.running_var",
+)
+"""State-dict names of the running statistics, in the order in which every layer passes them."""
+
+
+def parameter_shapes(channels: int, forget: int, attention: int) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter for `channels` channels, `forget` rows of ``fc1`` and `attention` rows of ``fcall``."""
+    c, f, a = channels, forget, attention
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in PARAMETERS:
+        stem, kind = name.split(".", 1)
+        if kind == "conv.weight":
+            shapes[name] = (c, 1, 3, 3)
+        elif kind.startswith("norm."):
+            shapes[name] = (c,)
+        elif stem.startswith("global_"):
+            shapes[name] = (1, c, 1, 1) if kind == "weight" else (1,)
+        elif stem.startswith("bn_"):
+            shapes[name] = (a,) if stem == "bn_attention" else (f,)
+        else:
+            rows, columns = {
+                "fcall": (a, 2 * c),
+                "fc3x3": (c, a),
+                "fc5x5": (c, a),
+                "fc1": (f, c),
+                "fc2": (c, f),
+            }[stem]
+            shapes[name] = (rows, columns, 1, 1) if kind == "weight" else (rows,)
+    return shapes
+
+
+def reference(
+    u: Tensor,
+    parameters: Sequence[Tensor],
+    running: Sequence[Tensor | None],
+    training: bool = False,
+    momentum: float = 0.0,
+    eps: float = 1e-5,
+) -> Tensor:
+    """The operator's definition in plain torch; differentiable any number of times. Shapes as in `gated_excitation`.
+
+    In training mode `running` is updated with `momentum`, as `torch.nn.functional.batch_norm` does.
+    """
+    p = dict(zip(PARAMETERS, parameters, strict=True))
+    r = dict(zip(RUNNING, running, strict=True))
+    n, c = u.shape[:2]
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        mean, var = r[name + ".running_mean"], r[name + ".running_var"]
+        return F.batch_norm(x, mean, var, p[name + ".weight"], p[name + ".bias"], training, momentum, eps)
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return F.linear(x, p[name + ".weight"].to(x.dtype).flatten(1), p[name + ".bias"].to(x.dtype))
+
+    def pool(x: Tensor, context: str) -> Tensor:
+        logits = F.conv2d(x, p[context + ".weight"].to(x.dtype), p[context + ".bias"].to(x.dtype))
+        position = logits.flatten(1).softmax(dim=1)
+        return (x.flatten(2) * position.unsqueeze(1)).sum(dim=2)
+
+    def branch(name: str, dilation: int) -> Tensor:
+        kernel = p[name + ".conv.weight"].to(u.dtype)
+        return F.conv2d(F.relu(norm(u, name + ".norm")), kernel, padding=dilation, dilation=dilation, groups=u.shape[1])
+
+    forget = torch.tanh(norm(linear(pool(u, "global_forget_context"), "fc1"), "bn_forget"))
+    forget = torch.sigmoid(linear(forget, "fc2"))
+
+    pooled3 = pool(branch("conv_3x3", 1), "global_context3x3")
+    pooled5 = pool(branch("conv_5x5", 2), "global_context5x5")
+    attention = torch.tanh(norm(linear(torch.cat([pooled3, pooled5], dim=1), "fcall"), "bn_attention"))
+    select = torch.stack([linear(attention, "fc3x3"), linear(attention, "fc5x5")]).softmax(dim=0)
+    broadcast = select[0] * pooled3 + select[1] * pooled5
+    return u * forget.view(n, c, 1, 1) + broadcast.view(n, c, 1, 1)
+
+
+def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _rows(parameters: Sequence[Tensor]) -> tuple[int, int]:
+    return parameters[_FORGET_ROWS].shape[0], parameters[_ATTENTION_ROWS].shape[0]
+
+
+_FORGET_ROWS = PARAMETERS.index("fc1.bias")
+_ATTENTION_ROWS = PARAMETERS.index("fcall.bias")
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def validate(u: Tensor, parameters: Sequence[Tensor], running: Sequence[Tensor], training: bool) -> None:
+    """Raise TypeError (dtype) or ValueError (shape, device) naming the argument that is wrong and what was expected."""
+    if u.dtype not in _DTYPES:
+        raise TypeError(f"gated_excitation: u has dtype {u.dtype}, expected float32, float64, bfloat16 or float16")
+    if u.dim() != 4:
+        raise ValueError(f"gated_excitation: u has shape {tuple(u.shape)}, expected (N, C, H, W)")
+    if u.shape[2] * u.shape[3] == 0 or u.shape[1] == 0:
+        raise ValueError(f"gated_excitation: u has shape {tuple(u.shape)}, expected at least one channel and position")
+    if len(parameters) != len(PARAMETERS):
+        raise ValueError(f"gated_excitation: {len(parameters)} parameters, expected {len(PARAMETERS)} (see PARAMETERS)")
+    if len(running) != (0 if training else len(RUNNING)):
+        raise ValueError(f"gated_excitation: {len(running)} running statistics, expected {len(RUNNING)} (see RUNNING)")
+    forget, attention = _rows(parameters)
+    shapes = parameter_shapes(u.shape[1], forget, attention)
+    for name, tensor in zip(PARAMETERS, parameters, strict=True):
+        _validate_one(name, tensor, shapes[name], u, parameters[0].dtype)
+    for name, tensor in zip(RUNNING, running, strict=bool(running)):
+        weight = name.rsplit(".", 1)[0] + ".weight"
+        _validate_one(name, tensor, shapes[weight], u, running[0].dtype)
+
+
+def _validate_one(name: str, tensor: Tensor, shape: tuple[int, ...], u: Tensor, peer: torch.dtype) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"gated_excitation: {name} has shape {tuple(tensor.shape)}, expected {shape} for u with {u.shape[1]} channels"
+        )
+    if tensor.device != u.device:
+        raise ValueError(f"gated_excitation: {name} is on {tensor.device}, expected u's device {u.device}")
+    if tensor.dtype not in (u.dtype, _accumulate_dtype(u.dtype)) or tensor.dtype != peer:
+        raise TypeError(
+            f"gated_excitation: {name} has dtype {tensor.dtype}, expected u's dtype {u.dtype} or "
+            f"{_accumulate_dtype(u.dtype)}, the same for all"
+        )
+
+
+def _no_cpu(u: Tensor, *_: object) -> str | None:
+    return None if u.device.type == "cpu" else f"u is on {u.device}, this backend runs on the CPU"
+
+
+def _no_cuda(u: Tensor, *_: object) -> str | None:
+    if u.device.type != "cuda":
+        return f"u is on {u.device}, this backend runs on CUDA devices"
+    if u.dtype == torch.float64:
+        return "float64 runs on the CPU and in the reference only"
+    return _library.cuda_error
+
+
+def _no_triton(u: Tensor, *_: object) -> str | None:
+    if u.dtype == torch.float64:
+        return "float64 runs on the CPU and in the reference only"
+    return _library.triton_error(u.device)
+
+
+def _no_reference(*_: object) -> str | None:
+    return None
+
+
+OPERATOR = _backend.register(
+    _backend.Operator(
+        "gated_excitation",
+        {"cpu": _no_cpu, "cuda": _no_cuda, "triton": _no_triton, "reference": _no_reference},
+    )
+)
+
+
+def gated_excitation(
+    u: Tensor,
+    parameters: Sequence[Tensor],
+    running: Sequence[Tensor] | None = None,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Forget gate, two depthwise branches, three position-softmax poolings, update gate and residual of `u`.
+
+    Args:
+        u: (N, C, H, W), float32, bfloat16, float16, or (CPU and reference) float64; any strides.
+        parameters: tensors in the order of `PARAMETERS`, shapes `parameter_shapes`, of u's dtype or all float32
+            (float64 for float64 u). Arithmetic accumulates in float32 (float64).
+        running: running means and variances in the order of `RUNNING`; None stands for batch statistics.
+        training: normalise with batch statistics and update `running` in place with `momentum`.
+        momentum: weight of the new statistics, as in `torch.nn.BatchNorm2d`.
+        eps: added to every variance.
+        out: tensor of u's shape and dtype with any strides, such as a channel slice of a larger tensor, that receives
+            the result; must not overlap u. Not differentiable.
+        backend: overrides `pyext.backend` and ``PYEXT_BACKEND``.
+
+    Returns:
+        (N, C, H, W) in u's dtype and memory format, or `out`.
+
+    Raises:
+        ValueError: wrong shape or device; training with one value per channel (torch's own message).
+        TypeError: wrong dtype.
+        BackendError: the backend asked for cannot run.
+
+    Source: HCGNet, arXiv 1908.09699, section 3.
+    """
+    batch_statistics = training or running is None
+    if batch_statistics:
+        _check_values_per_channel(u, parameters)
+    if out is not None:
+        _check_out(u, parameters, out)
+    name = OPERATOR.choose(backend, u)
+    if name == "reference":
+        validate(u, parameters, () if running is None else running, running is None)
+        result = reference(u, parameters, running or (None,) * len(RUNNING), batch_statistics, momentum, eps)
+        return result if out is None else out.copy_(result)
+    statistics = () if batch_statistics else running
+    result, *batch = _run(name == "triton", u, parameters, statistics, batch_statistics, eps, out)
+    if training and running is not None:
+        _update_running(running, batch, u, momentum)
+    return result
+
+
+def _run(
+    triton: bool,
+    u: Tensor,
+    parameters: Sequence[Tensor],
+    running: Sequence[Tensor] | None,
+    training: bool,
+    eps: float,
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Call the operator; returns the result and the batch statistics of the map and of the hidden vectors."""
+    try:
+        if out is not None:
+            call = _OPS.gated_excitation_triton_out if triton else _OPS.gated_excitation_out
+            return out, *call(u, parameters, running, training, eps, out=out)
+        save = torch.is_grad_enabled() and (u.requires_grad or any(p.requires_grad for p in parameters))
+        call = _OPS.gated_excitation_triton if triton else _OPS.gated_excitation
+        result, _, _, _, *batch = call(u, parameters, running, training, eps, save)
+        return result, *batch
+    except RuntimeError:
+        # The kernels check what memory safety needs; the sentence that names the argument is made here.
+        validate(u, parameters, running or (), training)
+        raise
+
+
+def _check_values_per_channel(u: Tensor, parameters: Sequence[Tensor]) -> None:
+    n, c, h, w = u.shape
+    forget, attention = _rows(parameters)
+    for size, values in (((n, c, h, w), n * h * w), ((n, forget), n), ((n, attention), n)):
+        if values == 1:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size(size)}")
+
+
+def _check_out(u: Tensor, parameters: Sequence[Tensor], out: Tensor) -> None:
+    if out.shape != u.shape or out.dtype != u.dtype or out.device != u.device:
+        raise ValueError(
+            f"gated_excitation: out is {tuple(out.shape)} {out.dtype} on {out.device}, expected u's "
+            f"{tuple(u.shape)} {u.dtype} on {u.device}"
+        )
+    if torch.is_grad_enabled() and (out.requires_grad or u.requires_grad or any(p.requires_grad for p in parameters)):
+        raise RuntimeError("gated_excitation: out= does not support automatic differentiation; use torch.no_grad()")
+
+
+def _update_running(running: Sequence[Tensor], batch: Sequence[Tensor], u: Tensor, momentum: float) -> None:
+    """Move `running` towards the batch's means and unbiased variances, as torch's batch normalisation does."""
+    n, _, h, w = u.shape
+    if n == 0:
+        return
+    map_statistics, hidden_statistics = (b.detach() for b in batch)
+    mean, var = map_statistics[0], map_statistics[1] * (n * h * w / (n * h * w - 1))
+    forget = running[RUNNING.index("bn_forget.running_mean")].shape[0]
+    hidden_mean, hidden_var = hidden_statistics[0], hidden_statistics[1] * (n / (n - 1))
+    new = [mean, var, mean, var, hidden_mean[forget:], hidden_var[forget:], hidden_mean[:forget], hidden_var[:forget]]
+    with torch.no_grad():
+        for old, value in zip(running, new, strict=True):
+            old.lerp_(value.to(old.dtype), momentum)
+
+
+# --- registration of shapes, gradients and the Triton kernels -----------------------------------------------------------
+
+def _empty_outputs(u: Tensor, parameters: Sequence[Tensor], training: bool, save: bool) -> tuple[Tensor, ...]:
+    """Uninitialised position, pooled, hidden, map_statistics and hidden_statistics."""
+    n, c, h, w = u.shape
+    hidden = sum(_rows(parameters))
+    saved = ((n, 3, h * w), (n, 3, c), (n, hidden)) if save else ((0,),) * 3
+    statistics = ((2, c), (2, hidden)) if training else ((0,),) * 2
+    return tuple(u.new_empty(shape, dtype=_accumulate_dtype(u.dtype)) for shape in (*saved, *statistics))
+
+
+def _fake_forward(u, parameters, running, training, eps, save):
+    validate(u, parameters, running, training)
+    return torch.empty_like(u), *_empty_outputs(u, parameters, training, save)
+
+
+def _fake_out(u, parameters, running, training, eps, *, out):
+    validate(u, parameters, running, training)
+    return _empty_outputs(u, parameters, training, save=False)[3:]
+
+
+def _fake_backward(grad_out, u, parameters, running, *saved_training_eps):
+    numel = sum(p.numel() for p in parameters)
+    return torch.empty_like(u), u.new_empty((numel,), dtype=_accumulate_dtype(u.dtype))
+
+
+def _setup_context(ctx, inputs, output):
+    u, parameters, running, ctx.training, ctx.eps, ctx.saved = inputs
+    ctx.num_running = len(running)
+    ctx.save_for_backward(u, *parameters, *running, *output[1:])
+
+
+def _backward(op, ctx, grad_out, *_):
+    if not ctx.saved:
+        raise RuntimeError("gated_excitation: called with save=False, so there is nothing to differentiate with")
+    u, *rest = ctx.saved_tensors
+    parameters, rest = rest[: len(PARAMETERS)], rest[len(PARAMETERS) :]
+    running, saved = rest[: ctx.num_running], rest[ctx.num_running :]
+    grad_u, flat = op(grad_out, u, parameters, running, *saved, ctx.training, ctx.eps)
+    parts = flat.split([p.numel() for p in parameters])
+    grads = [part.view(p.shape).to(p.dtype) for part, p in zip(parts, parameters, strict=True)]
+    return grad_u, grads, [None] * ctx.num_running, None, None, None
+
+
+def _triton_kernels():
+    from pyext.triton_kernels import gated_excitation as kernels
+
+    return kernels
+
+
+def _triton_forward(u, parameters, running, training, eps, save):
+    return _triton_kernels().forward(u, parameters, running, training, eps, save)
+
+
+def _triton_out(u, parameters, running, training, eps, *, out):
+    return _triton_kernels().forward_out(u, parameters, running, training, eps, out)
+
+
+def _triton_backward(*args):
+    return _triton_kernels().backward(*args)
+
+
+for _variant in ("", "_triton"):
+    _name, _backward_name = f"pyext::gated_excitation{_variant}", f"pyext::gated_excitation_backward{_variant}"
+    torch.library.register_fake(_name)(_fake_forward)
+    torch.library.register_fake(f"{_name}_out")(_fake_out)
+    torch.library.register_fake(_backward_name)(_fake_backward)
+    _gradient = functools.partial(_backward, getattr(_OPS, f"gated_excitation_backward{_variant}"))
+    torch.library.register_autograd(_name, _gradient, setup_context=_setup_context)
+for _device in ("CPU", "CUDA"):
+    torch.library.impl("pyext::gated_excitation_triton", _device)(_triton_forward)
+    torch.library.impl("pyext::gated_excitation_triton_out", _device)(_triton_out)
+    torch.library.impl("pyext::gated_excitation_backward_triton", _device)(_triton_backward)
