@@ -1,0 +1,14 @@
+"""Modules: parameters, state-dict names and torch's conventions around the operators of `pyext.ops`."""
+
+from pyext.nn.drop_block import DropBlock2d, drop_block_probability, set_drop_block_epoch
+from pyext.nn.hcgnet import SMG, GatedExcitation, HybridBlock, Transition
+
+__all__ = [
+    "SMG",
+    "DropBlock2d",
+    "GatedExcitation",
+    "HybridBlock",
+    "Transition",
+    "drop_block_probability",
+    "set_drop_block_epoch",
+]
