@@ -1,0 +1,62 @@
+"""Inputs of `gated_excitation` for tests: drawn afresh from a seed, distributed like those of a trained module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyext.ops.gated_excitation import PARAMETERS, RUNNING, parameter_shapes
+
+
+def _in_layout(x: Tensor, layout: str) -> Tensor:
+    """`x` as NCHW, as channels_last, or as a channel slice of a larger tensor whose other channels are NaN."""
+    if layout == "nchw":
+        return x.contiguous()
+    if layout == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last)
+    if layout != "slice":
+        raise ValueError(f"unknown layout {layout!r}")
+    n, c, h, w = x.shape
+    larger = x.new_full((n, c + 5, h, w), float("nan"))
+    larger[:, 2 : c + 2] = x
+    return larger[:, 2 : c + 2]
+
+
+def _parameter(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    stem, kind = name.rsplit(".", 1)
+    if kind == "bias":
+        return 0.3 * x
+    if stem.endswith("norm") or stem.startswith("bn_"):
+        return 1 + 0.2 * x
+    fan_in = max(1, x[0].numel())
+    # Position logits of a spread of about 2: a softmax that is neither flat nor a single position.
+    return x * ((4 if stem.startswith("global_") else 1) / fan_in) ** 0.5
+
+
+def _running(name: str, channels: int, generator: torch.Generator) -> Tensor:
+    x = torch.randn(channels, generator=generator, dtype=torch.float64)
+    return (0.3 * x).exp() if name.endswith("var") else 0.3 * x
+
+
+def make_inputs(
+    n: int,
+    c: int,
+    h: int,
+    w: int,
+    *,
+    forget: int,
+    attention: int,
+    dtype: torch.dtype,
+    parameter_dtype: torch.dtype | None = None,
+    layout: str = "nchw",
+    seed: int = 0,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """u in `dtype` and `layout` ("nchw", "channels_last" or "slice"), parameters, and running statistics."""
+    generator = torch.Generator().manual_seed(seed)
+    u = torch.randn((n, c, h, w), generator=generator, dtype=torch.float64) + 0.2
+    shapes = parameter_shapes(c, forget, attention)
+    parameters = [_parameter(name, shapes[name], generator) for name in PARAMETERS]
+    running = [_running(name, shapes[name.rsplit(".", 1)[0] + ".weight"][0], generator) for name in RUNNING]
+    kind = parameter_dtype or dtype
+    return _in_layout(u.to(dtype), layout), [p.to(kind) for p in parameters], [r.to(kind) for r in running]
