@@ -1,0 +1,210 @@
+"""The `pyext` command: train, eval, predict, demo, doctor."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+_TRAIN_HELP = """
+Defaults are the paper's recipe for CIFAR (SGD with Nesterov momentum, cosine restarts, mixup, DropBlock); with --data
+imagenet they are the published ImageNet code's (630 epochs, learning rate 0.1 per 256 images, weight decay 4e-5,
+mixup 0.4, label smoothing 0.1, AutoAugment). The published CIFAR runs of A3 start the schedule anew after 630 epochs:
+--repeat-at 630.
+
+Several processes and machines: `torchrun --nproc-per-node 8 -m pyext train hcgnet ...`. --batch-size counts all images
+of a step together. Batch norm uses each process's own share of the batch, and the first process's running statistics
+are kept; --sync-bn normalises over all processes with torch's SyncBatchNorm, for which the fused gates step aside.
+
+A run that was stopped, by Ctrl-C or kill -9, continues with --resume as if it had not been: on the CPU with the same
+number of threads the losses are the same bit for bit (CUDA's own kernels may add in another order each time).
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 1 for a failed run, 2 for a wrong command, 130 when stopped."""
+    options = _parser().parse_args(arguments)
+    from pyext.checkpoint import CheckpointError
+    from pyext.train.errors import UserError
+    from pyext.train.loop import Interrupted
+
+    try:
+        options.run(options)
+    except UserError as error:
+        return _fail(str(error), 2 if error.usage else 1)
+    except (CheckpointError, OSError) as error:  # OSError: a disk that is full, a folder that cannot be written
+        return _fail(str(error), 1)
+    except Interrupted as stop:
+        return _fail(str(stop), 130)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    return 0
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"pyext: {message}", file=sys.stderr)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pyext", description="Efficient vision networks with fused kernels.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_eval(commands)
+    _add_predict(commands)
+    demo = commands.add_parser("demo", help="train a small HCGNet with plain torch and with pyext, and compare")
+    demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for logs and plot (%(default)s)")
+    demo.add_argument("--epochs", type=_positive, default=10, help="epochs of each training (%(default)s)")
+    demo.set_defaults(run=_demo)
+    doctor = commands.add_parser("doctor", help="what this installation has, and what it lacks and why")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _add_train(commands: Any) -> None:
+    train = commands.add_parser(
+        "train", help="train a network", epilog=_TRAIN_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    train.add_argument("network", choices=["hcgnet"])
+    train.add_argument("--arch", default="a1", help="a1, a2, a3 (CIFAR), b, c (ImageNet) or tiny (%(default)s)")
+    _add_data(train, default="cifar10")
+    train.add_argument("--image-size", type=_positive, help="side of the images (digits 32, folders 224)")
+    recipe = train.add_argument_group("recipe")
+    recipe.add_argument("--epochs", type=_positive, help="(1270)")
+    recipe.add_argument("--batch-size", type=_positive, default=128, help="images per step (%(default)s)")
+    recipe.add_argument("--lr", type=_number(0), dest="learning_rate", help="learning rate after a restart (0.1)")
+    recipe.add_argument("--weight-decay", type=_number(0), help="(1e-4)")
+    recipe.add_argument("--momentum", type=_number(0, 1), help="Nesterov momentum (0.9)")
+    recipe.add_argument("--period", type=_positive, help="epochs until the first restart; doubles after each (10)")
+    recipe.add_argument("--repeat-at", type=_positive, metavar="EPOCH", help="start the schedules anew at this epoch")
+    recipe.add_argument("--mixup", type=_number(0), metavar="ALPHA", help="0 switches mixup off (1)")
+    recipe.add_argument("--label-smoothing", type=_number(0, 1), help="(0)")
+    recipe.add_argument("--no-drop-block", action="store_false", dest="drop_block", default=None)
+    run = train.add_argument_group("run")
+    run.add_argument("--seed", type=_count, default=0)
+    run.add_argument("--amp", choices=["off", "bf16"], default="off", help="bf16: automatic mixed precision")
+    run.add_argument("--plain", action="store_true", help="without pyext's kernels, for comparison")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
+    run.add_argument("--workers", type=_count, default=0, help="data-loading processes (%(default)s)")
+    run.add_argument("--sync-bn", action="store_true", help="batch norm over all processes (see below)")
+    run.add_argument("--output", type=Path, help="folder of the run (runs/ARCH-DATA)")
+    run.add_argument("--resume", action="store_true", help="continue the run in --output, if there is one")
+    run.add_argument("--save-every", type=_count, default=0, metavar="STEPS", help="besides every epoch")
+    run.add_argument("--log-every", type=_positive, default=50, metavar="STEPS", help="rows of steps.csv (%(default)s)")
+    run.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events, if it is installed")
+    train.set_defaults(run=_train)
+
+
+def _add_eval(commands: Any) -> None:
+    evaluate = commands.add_parser("eval", help="accuracy of a checkpoint on held-out images")
+    _add_checkpoint(evaluate)
+    _add_data(evaluate, default=None)
+    evaluate.add_argument("--batch-size", type=_positive, default=128)
+    evaluate.add_argument("--workers", type=_count, default=0)
+    evaluate.set_defaults(run=_eval)
+
+
+def _add_predict(commands: Any) -> None:
+    predict = commands.add_parser("predict", help="most probable classes of image files")
+    _add_checkpoint(predict)
+    predict.add_argument("images", nargs="+", metavar="IMAGE", type=Path)
+    _add_data(predict, default=None)
+    predict.add_argument("--top", type=_positive, default=3, help="classes to print (%(default)s)")
+    predict.set_defaults(run=_predict)
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, help="a run's folder, last.pt, model.safetensors or published weights")
+    parser.add_argument("--arch", help="only for weights that `pyext train` did not write; --data names their classes")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--plain", action="store_true", help="without pyext's kernels")
+
+
+def _add_data(parser: argparse.ArgumentParser, default: str | None) -> None:
+    stated = default or "what the checkpoint was trained on"
+    parser.add_argument(
+        "--data",
+        default=default,
+        help=f"digits, cifar10, cifar100, imagenet or a folder with train/CLASS/IMAGE and val/CLASS/IMAGE ({stated})",
+    )
+    parser.add_argument("--data-dir", type=Path, help="where CIFAR is kept (data) or ImageNet lies (data/imagenet)")
+
+
+def _number(low: float, high: float = float("inf")) -> Any:
+    def number(text: str) -> float:
+        value = float(text)
+        if not low <= value <= high or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+        return value
+
+    return number
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return value
+
+
+def _train(options: argparse.Namespace) -> None:
+    from pyext.train.loop import Settings, Trainer
+    from pyext.train.recipe import Recipe
+
+    size = options.batch_size
+    recipe = Recipe.for_imagenet(size) if options.data == "imagenet" else Recipe(batch_size=size)
+    given = {option.name: getattr(options, option.name) for option in fields(Recipe)}
+    options.recipe = replace(recipe, **{name: value for name, value in given.items() if value is not None})
+    options.output = options.output or Path("runs") / f"{options.arch}-{Path(options.data).name}"
+    Trainer(Settings(**{option.name: getattr(options, option.name) for option in fields(Settings)})).run()
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from pyext.train import evaluation
+    from pyext.train.networks import kernels
+
+    device = evaluation.choose_device(options.device)
+    network, card = evaluation.open_network(options.checkpoint, options.arch, options.data, options.data_dir)
+    images = evaluation.held_out(card, options.data, options.data_dir)
+    with kernels(options.plain):
+        scores, speed = evaluation.evaluate_data(
+            network.to(device), card, images, device, options.batch_size, options.workers
+        )
+    print(
+        f"HCGNet {card.arch} on {len(images.held_out)} held-out images of {images.name}: top-1 {scores.top1:.2%}, "
+        f"top-5 {scores.top5:.2%}, loss {scores.loss:.4f}, {speed:.0f} images/s on {device}"
+    )
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from pyext.train import evaluation
+    from pyext.train.networks import kernels
+
+    device = evaluation.choose_device(options.device)
+    network, card = evaluation.open_network(options.checkpoint, options.arch, options.data, options.data_dir)
+    with kernels(options.plain):
+        predictions = evaluation.predict(network.to(device), card, options.images, device, options.top)
+    for file, classes in zip(options.images, predictions, strict=True):
+        print(f"{file}: " + ", ".join(f"{name} {probability:.1%}" for name, probability in classes))
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from pyext.train import demo
+
+    demo.run(options.output, options.epochs)
+
+
+def _doctor(_: argparse.Namespace) -> None:
+    from pyext import doctor
+
+    print(doctor.report())

@@ -1,0 +1,355 @@
+"""The training loop: one step, one epoch, one run, on one process or many.
+
+Lightning Fabric supplies what is not this project's purpose: choice of device, bfloat16 autocast, the process group and
+DistributedDataParallel under torchrun. The loop itself stays plain torch and can be read from top to bottom.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from pyext.train.data import EpochBatches, HeldOutBatches, checked, load_data, loader
+from pyext.train.errors import UserError, require
+from pyext.train.evaluation import Scores, evaluate
+from pyext.train.networks import build, kernels
+from pyext.train.progress import PeakMemory, Progress
+from pyext.train.randomness import Stream, seed_all
+from pyext.train.recipe import Recipe, mixup
+from pyext.train.runs import Card, Table, export, load_run, save_run
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A training run as `pyext train` takes it: see its help for the meaning of each."""
+
+    arch: str
+    data: str
+    output: Path
+    recipe: Recipe = field(default_factory=Recipe)
+    data_dir: Path | None = None
+    image_size: int | None = None
+    seed: int = 0
+    amp: str = "off"
+    device: str = "auto"
+    workers: int = 0
+    save_every: int = 0
+    log_every: int = 50
+    resume: bool = False
+    plain: bool = False
+    sync_bn: bool = False
+    tensorboard: bool = False
+
+    def decisive(self) -> dict[str, Any]:
+        """What must be the same when a run is resumed; more epochs may be asked for."""
+        recipe = asdict(self.recipe)
+        del recipe["epochs"]
+        own = {name: getattr(self, name) for name in ("arch", "data", "image_size", "seed", "amp", "sync_bn")}
+        return {**own, **recipe}
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and its checkpoint is on the disk."""
+
+
+class Trainer:
+    """One training run: `run` trains to the last epoch, from the checkpoint in the run's folder when resuming."""
+
+    def __init__(self, settings: Settings):
+        self.settings, self.recipe = settings, settings.recipe
+        self.fabric = _fabric(settings)
+        self.rank, self.processes = self.fabric.global_rank, self.fabric.world_size
+        folder = settings.output
+        self.checkpoint = folder / "last.pt"
+        self.steps_table = Table(folder / "steps.csv", ("epoch", "step", "loss"), place=2)
+        self.epochs_table = Table(folder / "epochs.csv", _EPOCH_COLUMNS, place=1)
+        self.stop = False
+        self.tensorboard = require("torch.utils.tensorboard", "--tensorboard") if settings.tensorboard else None
+        self.epoch = self.step = 0
+        previous = self._previous()
+
+        self.data = load_data(settings.data, settings.data_dir, settings.image_size, settings.seed)
+        self.card = Card.of(settings.arch, self.data)
+        if previous is not None:
+            _check_same_run(previous, settings, self.card, self.checkpoint)
+        self.memory = PeakMemory(self.fabric.device)
+        self._build_network()
+        self._build_loaders()
+        self.totals = torch.zeros(2, device=self.fabric.device)
+        if previous is not None:
+            self._restore(previous)
+
+    def _previous(self) -> dict[str, Any] | None:
+        """The checkpoint to resume from; refuses to write over a run that nobody asked to continue."""
+        if not self.settings.resume and self.checkpoint.exists():
+            raise UserError(
+                f"{self.checkpoint} already holds a run: add --resume to continue it, or choose another --output.",
+                usage=True,
+            )
+        return load_run(self.checkpoint) if self.checkpoint.exists() else None
+
+    def _build_network(self) -> None:
+        seed_all(self.settings.seed, Stream.WEIGHTS)
+        network = build(self.settings.arch, len(self.data.classes))
+        if self.settings.sync_bn:
+            if self.fabric.device.type != "cuda":
+                raise UserError("--sync-bn needs CUDA devices: torch has no SyncBatchNorm for others.", usage=True)
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        self.network = network
+        self.module, self.optimizer = self.fabric.setup(network, self.recipe.optimizer(network))
+
+    def _build_loaders(self) -> None:
+        pin = self.fabric.device.type == "cuda"
+        share = self.rank, self.processes
+        batch_size, workers = self.recipe.batch_size, self.settings.workers
+        self.batches = EpochBatches(len(self.data.train), batch_size, self.settings.seed, *share)
+        self.train_loader = loader(self.data.train, self.batches, workers, pin)
+        held_out = HeldOutBatches(len(self.data.held_out), batch_size, *share)
+        self.held_out_loader = loader(self.data.held_out, held_out, workers, pin)
+
+    def _restore(self, previous: dict[str, Any]) -> None:
+        self.network.load_state_dict(previous["model"])
+        self.optimizer.load_state_dict(previous["optimizer"])
+        self.epoch, self.step = previous["epoch"], previous["step"]
+        totals = previous["totals"]
+        self.totals.copy_(totals[self.rank] if len(totals) == self.processes else totals.mean(dim=0))
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end and return the summary that is also written to summary.json."""
+        if self._first:
+            self.settings.output.mkdir(parents=True, exist_ok=True)
+            self.steps_table.cut((self.epoch, self.step))
+            self.epochs_table.cut((self.epoch,))
+        self.fabric.barrier()
+        total = self.recipe.epochs * len(self.batches)
+        done = self.epoch * len(self.batches) + self.step
+        step_seconds: list[float] = []
+        progress = Progress(total, done, self.recipe.batch_size, self._first)
+        with kernels(self.settings.plain), self._stopping(), progress as self.progress:
+            self._announce(done)
+            while self.epoch < self.recipe.epochs:
+                step_seconds += self._run_epoch()
+        return self._summarise(step_seconds)
+
+    @property
+    def _first(self) -> bool:
+        return self.rank == 0
+
+    def _announce(self, done: int) -> None:
+        parameters = sum(p.numel() for p in self.network.parameters())
+        place = f", resumed at epoch {self.epoch + 1}, step {self.step}" if done else ""
+        self.progress.line(
+            f"HCGNet {self.settings.arch}, {parameters:,} parameters, {self.data.name}: {len(self.data.train)} "
+            f"training and {len(self.data.held_out)} held-out images of {len(self.data.classes)} classes, "
+            f"{self.processes} x {self.fabric.device}, into {self.settings.output}{place}"
+        )
+
+    def _run_epoch(self) -> list[float]:
+        """The rest of the current epoch, its evaluation and its records; returns the seconds per step, once."""
+        rate = self.recipe.start_epoch(self.epoch, self.network, self.optimizer)
+        self.batches.epoch, self.batches.first_step = self.epoch, self.step
+        steps, start = len(self.batches) - self.step, time.perf_counter()
+        self.module.train()
+        for images, labels in checked(self.train_loader):
+            loss = self._step(images, labels)
+            self.step += 1
+            self._record_step(loss)
+        train_loss = self._train_loss()
+        seconds = time.perf_counter() - start
+        scores = self._evaluate()
+        self.epoch, self.step = self.epoch + 1, 0
+        self.totals.zero_()
+        self._record_epoch(rate, train_loss, scores, seconds, steps)
+        return [seconds / steps] if steps else []
+
+    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
+        place = self.epoch, self.step, self.rank
+        seed_all(self.settings.seed, Stream.STEP, *place)
+        images, labels = self.fabric.to_device((images, labels))
+        images = self.data.preprocessing.normalise(images)
+        mixed = mixup(images, labels, self.recipe.mixup, self.settings.seed, *place)
+        loss = mixed.loss(self.module(mixed.images), self.recipe.label_smoothing)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.fabric.backward(loss)
+        self.optimizer.step()
+        loss = loss.detach()
+        self.totals += torch.stack([loss, torch.ones_like(loss)])
+        return loss
+
+    def _record_step(self, loss: Tensor) -> None:
+        """Log, save and stop where it is time to; processes agree on stopping where they meet to average the loss."""
+        mean, agreed = None, 0.0
+        if self.step % self.settings.log_every == 0:
+            mean, agreed = self._mean(torch.stack([loss, torch.full_like(loss, self.stop)])).tolist()
+            self._log_step(mean)
+        stop = self.stop if self.processes == 1 else agreed > 0
+        self.progress.step(f"epoch {self.epoch + 1}/{self.recipe.epochs} step {self.step}/{len(self.batches)}", mean)
+        every = self.settings.save_every
+        if stop or (every and self.step % every == 0):
+            self._save()
+        if stop:
+            raise Interrupted(
+                f"stopped at epoch {self.epoch + 1}, step {self.step}: continue with --resume --output "
+                f"{self.settings.output}"
+            )
+
+    def _log_step(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss is {loss} at epoch {self.epoch + 1}, step {self.step}: lower --lr, or look for bad images."
+            )
+        if self._first:
+            self.steps_table.add(self.epoch, self.step - 1, repr(loss))
+
+    def _train_loss(self) -> float:
+        total, count = self._mean(self.totals).tolist()
+        return total / max(count, 1)
+
+    def _mean(self, values: Tensor) -> Tensor:
+        """The mean over processes; Fabric reduces in place, hence the copy."""
+        return self.fabric.all_reduce(values.clone(), reduce_op="mean") if self.processes > 1 else values
+
+    def _evaluate(self) -> Scores:
+        if self.processes > 1:
+            # Batch norm's running statistics differ between processes; those of the first are what is saved.
+            for buffer in self.network.buffers():
+                torch.distributed.broadcast(buffer, 0)
+        self.network.eval()
+        with self.fabric.autocast():
+            scores = evaluate(self.network, checked(self.held_out_loader), self.data.preprocessing, self.fabric.device)
+        self.network.train()
+        return scores if self.processes == 1 else Scores(self.fabric.all_reduce(scores.sums, reduce_op="sum"))
+
+    def _record_epoch(self, rate: float, train_loss: float, scores: Scores, seconds: float, steps: int) -> None:
+        speed = steps * self.recipe.batch_size / seconds
+        row = (self.epoch - 1, rate, train_loss, scores.loss, scores.top1, scores.top5, seconds, speed)
+        if self._first:
+            self.epochs_table.add(*row)
+            self._to_tensorboard(row)
+            export(self.settings.output / "model.safetensors", self.network, self.card)
+        self._save()
+        self.progress.line(
+            f"epoch {self.epoch}/{self.recipe.epochs}: learning rate {rate:.4f}, training loss {train_loss:.4f}, "
+            f"held-out loss {scores.loss:.4f}, top-1 {scores.top1:.2%}, {speed:.0f} images/s"
+        )
+
+    def _to_tensorboard(self, row: tuple[float, ...]) -> None:
+        if self.tensorboard is None:
+            return
+        writer = self.tensorboard.SummaryWriter(str(self.settings.output))
+        for name, value in zip(_EPOCH_COLUMNS[1:], row[1:], strict=True):
+            writer.add_scalar(name, value, int(row[0]))
+        writer.close()
+
+    def _save(self) -> None:
+        totals = self.fabric.all_gather(self.totals).view(-1, 2)
+        if self._first:
+            save_run(
+                self.checkpoint,
+                {
+                    "card": self.card.to_dict(),
+                    "settings": self.settings.decisive(),
+                    "model": self.network.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "epoch": self.epoch,
+                    "step": self.step,
+                    "totals": totals,
+                },
+            )
+        self.fabric.barrier()
+
+    @contextlib.contextmanager
+    def _stopping(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM ask for a stop after the step at hand; a second Ctrl-C stops at once.
+
+        torchrun answers a Ctrl-C with SIGTERM to processes that have seen it already, which must not count as a second.
+        """
+
+        def ask(number: int, _: FrameType | None) -> None:
+            if self.stop and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.stop = True
+
+        previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _summarise(self, step_seconds: list[float]) -> dict[str, Any]:
+        rows = self.epochs_table.read() if self._first else []
+        last = rows[-1] if rows else {}
+        summary = {
+            "arch": self.settings.arch,
+            "data": self.settings.data,
+            "backend": "reference" if self.settings.plain else "auto",
+            "epochs": self.epoch,
+            "batch_size": self.recipe.batch_size,
+            "top1": float(last.get("top1", "nan")),
+            "held_out_loss": float(last.get("held_out_loss", "nan")),
+            "seconds_per_step": statistics.median(step_seconds) if step_seconds else None,
+            "peak_memory_bytes": self.memory.read(),
+        }
+        if self._first:
+            (self.settings.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        return summary
+
+
+_EPOCH_COLUMNS = (
+    "epoch",
+    "learning_rate",
+    "train_loss",
+    "held_out_loss",
+    "top1",
+    "top5",
+    "seconds",
+    "images_per_second",
+)
+
+
+def _fabric(settings: Settings) -> Any:
+    """Fabric on the asked device; under torchrun, one process per device with DistributedDataParallel."""
+    fabric = require("lightning_fabric", "training")
+    kind, _, index = settings.device.partition(":")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    try:
+        made = fabric.Fabric(
+            accelerator="gpu" if kind == "cuda" else kind,
+            devices=[int(index)] if index else here,
+            num_nodes=processes // here,
+            strategy="ddp" if processes > 1 else "auto",
+            precision="bf16-mixed" if settings.amp == "bf16" else "32-true",
+        )
+        made.launch()
+    except (ValueError, RuntimeError, fabric.utilities.exceptions.MisconfigurationException) as error:
+        raise UserError(f"--device {settings.device} cannot be used here: {error}", usage=True) from error
+    return made
+
+
+def _check_same_run(previous: dict[str, Any], settings: Settings, card: Card, path: Path) -> None:
+    """UserError when the checkpoint belongs to a run with other settings or other classes."""
+    for name, value in settings.decisive().items():
+        if name not in previous["settings"] or previous["settings"][name] != value:
+            raise UserError(
+                f"{path} belongs to a run with {name} {previous['settings'].get(name)}, and this one asks for {value}: "
+                "resume with the same settings, or choose another --output.",
+                usage=True,
+            )
+    if previous["card"] != card.to_dict():
+        raise UserError(f"{path} belongs to a run on other classes or images than {settings.data} holds now.")
