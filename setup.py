@@ -28,8 +28,8 @@ if importlib.util.find_spec("torch") is None:
         "`pip install --no-build-isolation pyext-kernels` (or `.` in a checkout)."
     )
 
-import torch
-from torch.utils import cpp_extension
+import torch  # noqa: E402
+from torch.utils import cpp_extension  # noqa: E402
 
 if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 11):
     sys.exit(f"pyext-kernels needs torch 2.11 or newer to build, found {torch.__version__}.")
@@ -43,7 +43,8 @@ IS_X86 = os.uname().machine in ("x86_64", "AMD64")
 CAPABILITIES = X86_CAPABILITIES if IS_X86 else {"baseline": []}
 CUDA_ARCHITECTURES = os.environ.get("PYEXT_CUDA_ARCHITECTURES", "80;90;100").split(";")
 # -Wno-psabi: vectors wider than the baseline's registers stay inside one file. No LTO: it would merge instruction sets.
-CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-lto", "-Wall", "-Wno-psabi", "-DNDEBUG"]
+CXX_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-fno-lto", "-Wall", "-Wno-psabi"]
+CXX_FLAGS.append("-Wno-maybe-uninitialized")  # GCC 12 reports its own AVX-512 headers
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
 
 
@@ -132,12 +133,13 @@ def escape(words: list[str]) -> str:
 
 def ninja_file(plan: Plan, target: Path, folder: Path) -> str:
     """A build.ninja that compiles the plan's objects into `folder` and links `target`."""
+    compiler = os.environ.get("CXX", "c++")
     lines = [
         "ninja_required_version = 1.5",
-        f"rule cxx\n  command = {os.environ.get('CXX', 'c++')} {escape(CXX_FLAGS)} $flags -MMD -MF $out.d -c $in -o $out",
+        f"rule cxx\n  command = {compiler} {escape(CXX_FLAGS)} $flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc",
         f"rule nvcc\n  command = {NVCC} $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-        f"rule link\n  command = {os.environ.get('CXX', 'c++')} -shared $in $flags -o $out",
+        f"rule link\n  command = {compiler} -shared $in $flags -o $out",
     ]
     objects = []
     for index, (source, rule, flags) in enumerate(plan.objects):

@@ -1,14 +1,14 @@
 // Every operator of the library, declared once. Kernels register themselves under a dispatch key in
 // csrc/cpu/<op>.cpp and csrc/cuda/<op>_bind.cpp; shape functions and gradients are added in pyext/ops/<op>.py.
 // `parameters` and `running` follow the order of pyext/ops/gated_excitation.py (PARAMETERS, RUNNING) and
-// csrc/math/gated_excitation.h. Variants have names, not overloads: at exit torch removes schemas one by one and stops at
-// a sibling overload whose schema is gone while a kernel registered from Python still holds it.
+// csrc/math/gated_excitation.h. Variants have names, not overloads: at exit torch removes schemas one by one and stops
+// at a sibling overload whose schema is gone while a kernel registered from Python still holds it.
 #include <torch/csrc/stable/library.h>
 
 #define GATED_EXCITATION_INPUTS "Tensor u, Tensor[] parameters, Tensor[] running, bool training, float eps"
-#define GATED_EXCITATION_BACKWARD                                                                        \
-  "(Tensor grad_out, Tensor u, Tensor[] parameters, Tensor[] running, Tensor position, Tensor pooled, "  \
-  "Tensor hidden, Tensor map_statistics, Tensor hidden_statistics, bool training, float eps)"            \
+#define GATED_EXCITATION_BACKWARD                                                                       \
+  "(Tensor grad_out, Tensor u, Tensor[] parameters, Tensor[] running, Tensor position, Tensor pooled, " \
+  "Tensor hidden, Tensor map_statistics, Tensor hidden_statistics, bool training, float eps)"           \
   " -> (Tensor grad_u, Tensor grad_parameters)"
 #define GATED_EXCITATION_SAVED \
   "Tensor position, Tensor pooled, Tensor hidden, Tensor map_statistics, Tensor hidden_statistics"

@@ -40,7 +40,7 @@ def backend(name: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator's backends, best first: each maps the operator's arguments to the reason why it cannot run, or None."""
+    """An operator's backends, best first: each maps the arguments to the reason why it cannot run, or to None."""
 
     name: str
     cannot_run: Mapping[str, Callable[..., str | None]] = field(repr=False)

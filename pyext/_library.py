@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Any
 
 import torch
 
@@ -30,13 +29,11 @@ if importlib.util.find_spec("pyext._C") is None:
 
 from pyext import _C  # noqa: E402  (the two checks above give the reason when this cannot work)
 
-_C_ANY: Any = _C
-
 cuda_error: str | None = None
 """Why `pyext._cuda` is not loaded; None when it is."""
 
 if importlib.util.find_spec("pyext._cuda") is None:
-    cuda_error = "pyext._cuda was not built: " + _C_ANY.build_info()["cuda"]
+    cuda_error = "pyext._cuda was not built: " + _C.build_info()["cuda"]
 elif not torch.backends.cuda.is_built():
     cuda_error = f"torch {torch.__version__} is a CPU build, and pyext._cuda needs its CUDA libraries"
 else:
@@ -48,17 +45,17 @@ else:
 
 def cpu_capability() -> str:
     """The instruction set that the CPU kernels run with: ``baseline``, ``avx2`` or ``avx512``."""
-    return _C_ANY.cpu_capability()
+    return _C.cpu_capability()
 
 
 def cpu_capabilities() -> list[str]:
     """Every instruction set that this build holds kernels for and this machine can run, worst first."""
-    return list(_C_ANY.cpu_capabilities())
+    return _C.cpu_capabilities()
 
 
 def build_info() -> dict[str, str]:
     """Facts fixed when the extension was compiled: torch, compiler, CUDA toolkit or why there is none."""
-    return dict(_C_ANY.build_info())
+    return _C.build_info()
 
 
 def triton_error(device: torch.device) -> str | None:
@@ -67,4 +64,4 @@ def triton_error(device: torch.device) -> str | None:
         return "triton is not installed"
     if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         return None
-    return f"u is on {device}, this backend runs on CUDA devices (or, to test it, under TRITON_INTERPRET=1)"
+    return f"Triton needs a CUDA device, not {device} (or, to test it, TRITON_INTERPRET=1)"

@@ -49,8 +49,8 @@ Sizes sizes_of(const Tensor& u, const std::vector<Tensor>& parameters) {
   STD_TORCH_CHECK(u.dim() == 4, "gated_excitation: u has ", u.dim(), " dimensions, expected (N, C, H, W)");
   STD_TORCH_CHECK(parameters.size() == kNumParameters, "gated_excitation: ", parameters.size(),
                   " parameters, expected ", static_cast<int>(kNumParameters));
-  const Sizes sizes{u.size(0), u.size(1), u.size(2), u.size(3), parameters[kForget1Bias].numel(),
-                    parameters[kAllBias].numel()};
+  const Sizes sizes{
+      u.size(0), u.size(1), u.size(2), u.size(3), parameters[kForget1Bias].numel(), parameters[kAllBias].numel()};
   STD_TORCH_CHECK(sizes.channels > 0 && sizes.positions() > 0,
                   "gated_excitation: u is empty, expected at least one channel and position");
   return sizes;
@@ -127,12 +127,15 @@ Forward run_forward(const Tensor& u, const std::vector<Tensor>& parameters, cons
   GatedExcitation& args = inputs.args;
   const Sizes& s = args.sizes;
   const bool pooled_needed = save || training;
-  const Tensor none = new_buffer(u, {0});
-  const Tensor position = save ? new_buffer(u, {s.batch, kNumBranches, s.positions()}) : none;
-  const Tensor pooled = pooled_needed ? new_buffer(u, {s.batch, kNumBranches, s.channels}) : none;
-  const Tensor hidden = pooled_needed ? new_buffer(u, {s.batch, s.hidden()}) : none;
-  const Tensor map_statistics = training ? new_buffer(u, {2, s.channels}) : none;
-  const Tensor hidden_statistics = training ? new_buffer(u, {2, s.hidden()}) : none;
+  // What is not needed is a tensor of its own all the same: an operator's results may not share memory.
+  const auto buffer = [&](bool needed, std::initializer_list<int64_t> shape) {
+    return needed ? new_buffer(u, shape) : new_buffer(u, {0});
+  };
+  const Tensor position = buffer(save, {s.batch, kNumBranches, s.positions()});
+  const Tensor pooled = buffer(pooled_needed, {s.batch, kNumBranches, s.channels});
+  const Tensor hidden = buffer(pooled_needed, {s.batch, s.hidden()});
+  const Tensor map_statistics = buffer(training, {2, s.channels});
+  const Tensor hidden_statistics = buffer(training, {2, s.hidden()});
   args.out = map_of(out);
   args.position = save ? position.data_ptr() : nullptr;
   args.pooled = pooled_needed ? pooled.data_ptr() : nullptr;
@@ -141,7 +144,9 @@ Forward run_forward(const Tensor& u, const std::vector<Tensor>& parameters, cons
   args.hidden_statistics = hidden_statistics.data_ptr();
   CallMemory memory;
   kernels().forward(args, memory.host());
-  return {out, position, save ? pooled : none, save ? hidden : none, map_statistics, hidden_statistics};
+  if (!save && training)
+    return {out, position, buffer(false, {}), buffer(false, {}), map_statistics, hidden_statistics};
+  return {out, position, pooled, hidden, map_statistics, hidden_statistics};
 }
 
 Forward forward(const Tensor& u, const std::vector<Tensor>& parameters, const std::vector<Tensor>& running,
@@ -166,8 +171,8 @@ const void* saved_data(const Tensor& tensor, int64_t numel, DType dtype, const c
 
 std::tuple<Tensor, Tensor> backward(const Tensor& grad_out, const Tensor& u, const std::vector<Tensor>& parameters,
                                     const std::vector<Tensor>& running, const Tensor& position, const Tensor& pooled,
-                                    const Tensor& hidden, const Tensor& map_statistics,
-                                    const Tensor& hidden_statistics, bool training, double eps) {
+                                    const Tensor& hidden, const Tensor& map_statistics, const Tensor& hidden_statistics,
+                                    bool training, double eps) {
   check_like(grad_out, u, "grad_out");
   Inputs inputs(u, parameters, running, training, eps);
   GatedExcitation& args = inputs.args;

@@ -52,6 +52,20 @@ inline Vec<T> load_converted(const S* p) {
   }
 }
 
+// The first n lanes, converted; nothing is written past them.
+template <typename S, typename V>
+inline void store_partial(S* p, V v, int64_t n) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<S, float>) {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
+    return;
+  }
+#endif
+  Accumulate<S> lanes[kLanes<Accumulate<S>>];
+  std::memcpy(lanes, &v, sizeof(v));
+  convert(lanes, p, n);
+}
+
 // rows x columns of a matrix, transposed block by block; `to` has rows of `to_pitch` >= round_up(rows) elements.
 // Source elements beyond the matrix are read only below `end`.
 template <typename S, typename T>
@@ -64,6 +78,7 @@ inline void transpose_matrix(const S* from, int64_t from_pitch, const S* end, in
       const int64_t height = rows - r < kL ? rows - r : kL, width = columns - c < kL ? columns - c : kL;
       Vec<T> v[kL];
       if (height == kL && corner + (kL - 1) * from_pitch + kL <= end) {
+#pragma GCC unroll 16
         for (int i = 0; i < kL; ++i) v[i] = load_converted<S, T>(corner + i * from_pitch);
       } else {
         for (int i = 0; i < kL; ++i) {
@@ -72,7 +87,10 @@ inline void transpose_matrix(const S* from, int64_t from_pitch, const S* end, in
         }
       }
       transpose_square<T>(v);
-      for (int64_t j = 0; j < width; ++j) store<T>(to + (c + j) * to_pitch + r, v[j]);
+#pragma GCC unroll 16
+      for (int j = 0; j < kL; ++j) {
+        if (j < width) store<T>(to + (c + j) * to_pitch + r, v[j]);
+      }
     }
   }
 }
@@ -128,12 +146,12 @@ inline void store_image(const Image<const T>& image, const Map& m, int64_t n, co
     for (int64_t c = 0; c < e.channels; c += kL) {
       const int64_t width = e.channels - c < kL ? e.channels - c : kL;
       Vec<T> v[kL];
+#pragma GCC unroll 16
       for (int i = 0; i < kL; ++i) v[i] = i < width ? load<T>(image.row(c + i) + p) : Vec<T>{};
       transpose_square<T>(v);
-      for (int64_t i = 0; i < height; ++i) {
-        T lanes[kL];
-        store<T>(lanes, v[i]);
-        convert(lanes, to + (p + i) * m.stride[3] + c, width);
+#pragma GCC unroll 16
+      for (int i = 0; i < kL; ++i) {
+        if (i < height) store_partial(to + (p + i) * m.stride[3] + c, v[i], width);
       }
     }
   }

@@ -58,11 +58,23 @@ inline Vec<T> splat(T x) {
   return Vec<T>{} + x;
 }
 
-// max(0, x) with NaN kept, as torch's relu: the comparison is false for NaN.
+// max(0, x) with NaN kept, as torch's relu: x86's maximum returns its second operand when either is NaN. The compiler
+// does not find that instruction by itself when one operand is a constant.
 template <typename T>
 inline Vec<T> relu(Vec<T> x) {
   const Vec<T> zero{};
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) return (Vec<T>)_mm512_max_ps((__m512)zero, (__m512)x);
+  if constexpr (std::is_same_v<T, double>) return (Vec<T>)_mm512_max_pd((__m512d)zero, (__m512d)x);
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>) return (Vec<T>)_mm256_max_ps((__m256)zero, (__m256)x);
+  if constexpr (std::is_same_v<T, double>) return (Vec<T>)_mm256_max_pd((__m256d)zero, (__m256d)x);
+#elif defined(__SSE2__)
+  if constexpr (std::is_same_v<T, float>) return (Vec<T>)_mm_max_ps((__m128)zero, (__m128)x);
+  if constexpr (std::is_same_v<T, double>) return (Vec<T>)_mm_max_pd((__m128d)zero, (__m128d)x);
+#else
   return zero > x ? zero : x;
+#endif
 }
 
 template <typename T>
@@ -94,18 +106,30 @@ inline Vec<T> sum_lanes_of_each(Vec<T> (&v)[kLanes<T>]) {
   return v[0];
 }
 
+template <typename T, int Distance, int... I>
+inline Vec<T> rotate_lanes(Vec<T> v, std::integer_sequence<int, I...>) {
+  return __builtin_shuffle(v, IndexVec<T>{((I + Distance) % kLanes<T>)...});
+}
+
+// combine over all lanes, in log2(kLanes) rounds.
+template <typename T, int Distance = kLanes<T> / 2, typename Combine>
+inline T reduce_lanes(Vec<T> v, Combine combine) {
+  if constexpr (Distance == 0) {
+    return v[0];
+  } else {
+    const Vec<T> other = rotate_lanes<T, Distance>(v, std::make_integer_sequence<int, kLanes<T>>());
+    return reduce_lanes<T, Distance / 2>(combine(v, other), combine);
+  }
+}
+
 template <typename T>
 inline T sum_lanes(Vec<T> v) {
-  T sum = 0;
-  for (int i = 0; i < kLanes<T>; ++i) sum += v[i];
-  return sum;
+  return reduce_lanes<T>(v, [](Vec<T> a, Vec<T> b) { return a + b; });
 }
 
 template <typename T>
 inline T max_lanes(Vec<T> v) {
-  T best = v[0];
-  for (int i = 1; i < kLanes<T>; ++i) best = v[i] > best ? v[i] : best;
-  return best;
+  return reduce_lanes<T>(v, [](Vec<T> a, Vec<T> b) { return maximum<T>(a, b); });
 }
 
 // exp of float lanes: range reduction by ln 2 in two parts and a degree-6 polynomial (relative error below 2 ulp).
@@ -209,7 +233,8 @@ inline void from_accumulate(float x, Half& y) {
 template <typename S>
 using Accumulate = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
-// Contiguous conversions; the compiler vectorises all but the half-precision ones, which have instructions of their own.
+// Contiguous conversions; the compiler vectorises all but the half-precision ones, which have instructions of their
+// own.
 template <typename S, typename T>
 inline void convert(const S* from, T* to, int64_t n) {
   int64_t i = 0;

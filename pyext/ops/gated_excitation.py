@@ -13,12 +13,13 @@ The maps ``a_3`` and ``a_5`` reach the output only through their pooled vectors,
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import _C, Tensor
 
 from pyext import _backend, _library
 
@@ -165,7 +166,7 @@ def validate(u: Tensor, parameters: Sequence[Tensor], running: Sequence[Tensor],
     shapes = parameter_shapes(u.shape[1], forget, attention)
     for name, tensor in zip(PARAMETERS, parameters, strict=True):
         _validate_one(name, tensor, shapes[name], u, parameters[0].dtype)
-    for name, tensor in zip(RUNNING, running, strict=bool(running)):
+    for name, tensor in zip(RUNNING, running, strict=not training):
         weight = name.rsplit(".", 1)[0] + ".weight"
         _validate_one(name, tensor, shapes[weight], u, running[0].dtype)
 
@@ -173,7 +174,7 @@ def validate(u: Tensor, parameters: Sequence[Tensor], running: Sequence[Tensor],
 def _validate_one(name: str, tensor: Tensor, shape: tuple[int, ...], u: Tensor, peer: torch.dtype) -> None:
     if tuple(tensor.shape) != shape:
         raise ValueError(
-            f"gated_excitation: {name} has shape {tuple(tensor.shape)}, expected {shape} for u with {u.shape[1]} channels"
+            f"gated_excitation: {name} has shape {tuple(tensor.shape)}, expected {shape} for {u.shape[1]} channels in u"
         )
     if tensor.device != u.device:
         raise ValueError(f"gated_excitation: {name} is on {tensor.device}, expected u's device {u.device}")
@@ -278,11 +279,14 @@ def _run(
     """Call the operator; returns the result and the batch statistics of the map and of the hidden vectors."""
     try:
         if out is not None:
-            call = _OPS.gated_excitation_triton_out if triton else _OPS.gated_excitation_out
-            return out, *call(u, parameters, running, training, eps, out=out)
+            into = _OPS.gated_excitation_triton_out if triton else _OPS.gated_excitation_out
+            return out, *into(u, parameters, running, training, eps, out=out)
         save = torch.is_grad_enabled() and (u.requires_grad or any(p.requires_grad for p in parameters))
-        call = _OPS.gated_excitation_triton if triton else _OPS.gated_excitation
-        result, _, _, _, *batch = call(u, parameters, running, training, eps, save)
+        call = _OPS.gated_excitation_triton.default if triton else _OPS.gated_excitation.default
+        # Where nothing is differentiated, the gradient's Python layer would be a third of a small call's time.
+        skip = contextlib.nullcontext() if save or torch.compiler.is_compiling() else _C._AutoDispatchBelowAutograd()
+        with skip:
+            result, _, _, _, *batch = call(u, parameters, running, training, eps, save)
         return result, *batch
     except RuntimeError:
         # The kernels check what memory safety needs; the sentence that names the argument is made here.
@@ -323,7 +327,8 @@ def _update_running(running: Sequence[Tensor], batch: Sequence[Tensor], u: Tenso
             old.lerp_(value.to(old.dtype), momentum)
 
 
-# --- registration of shapes, gradients and the Triton kernels -----------------------------------------------------------
+# --- registration of shapes, gradients and the Triton kernels ---------------------------------------------------------
+
 
 def _empty_outputs(u: Tensor, parameters: Sequence[Tensor], training: bool, save: bool) -> tuple[Tensor, ...]:
     """Uninitialised position, pooled, hidden, map_statistics and hidden_statistics."""
@@ -367,6 +372,13 @@ def _backward(op, ctx, grad_out, *_):
     return grad_u, grads, [None] * ctx.num_running, None, None, None
 
 
+def _second_derivative(ctx, *_):
+    raise RuntimeError(
+        "gated_excitation: its kernels can be differentiated once; ask for pyext.backend('reference') where second "
+        "derivatives are needed"
+    )
+
+
 def _triton_kernels():
     from pyext.triton_kernels import gated_excitation as kernels
 
@@ -392,6 +404,7 @@ for _variant in ("", "_triton"):
     torch.library.register_fake(_backward_name)(_fake_backward)
     _gradient = functools.partial(_backward, getattr(_OPS, f"gated_excitation_backward{_variant}"))
     torch.library.register_autograd(_name, _gradient, setup_context=_setup_context)
+    torch.library.register_autograd(_backward_name, _second_derivative)
 for _device in ("CPU", "CUDA"):
     torch.library.impl("pyext::gated_excitation_triton", _device)(_triton_forward)
     torch.library.impl("pyext::gated_excitation_triton_out", _device)(_triton_out)

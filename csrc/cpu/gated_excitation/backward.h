@@ -10,11 +10,11 @@ namespace {
 // outer products of these.
 template <typename T>
 struct GateGradients {
-  T *forget, *added;              // f; dn, later dc_f
-  T *forget_logit, *select;       // d(W2 y), d(W3 t) = -d(W5 t)
-  T *active, *both, *pooled;      // [y | t], [c_3; c_5], c_f
-  T* hidden;                      // d(BN1d output), later d(hidden)
-  T* mix;                         // dc_3, dc_5: 2 x round_up(C)
+  T *forget, *added;          // f; dn, later dc_f
+  T *forget_logit, *select;   // d(W2 y), d(W3 t) = -d(W5 t)
+  T *active, *both, *pooled;  // [y | t], [c_3; c_5], c_f
+  T* hidden;                  // d(BN1d output), later d(hidden)
+  T* mix;                     // dc_3, dc_5: 2 x round_up(C)
   void carve(Arena& arena, const Call<T>& call, int64_t batch) {
     const int64_t c = call.channel_pitch;
     forget = arena.take<T>(batch * c);
@@ -29,14 +29,14 @@ struct GateGradients {
   }
   GateGradients of_image(const Call<T>& call, int64_t n) const {
     const int64_t c = call.channel_pitch, h = call.hidden_pitch;
-    return {forget + n * c,       added + n * c,  forget_logit + n * c, select + n * c,
-            active + n * h,       both + n * 2 * call.sizes.channels,   pooled + n * c,
-            hidden + n * h,       mix + n * 2 * c};
+    return {forget + n * c, added + n * c,  forget_logit + n * c,
+            select + n * c, active + n * h, both + n * 2 * call.sizes.channels,
+            pooled + n * c, hidden + n * h, mix + n * 2 * c};
   }
 };
 
-// to[0 .. columns) += sum_i W[i][.] x[i], rows of W contiguous; `to` is padded to whole vectors and W's last row may not
-// be read past its end, hence the scalar tail.
+// to[0 .. columns) += sum_i W[i][.] x[i], rows of W contiguous; `to` is padded to whole vectors and W's last row may
+// not be read past its end, hence the scalar tail.
 template <typename T>
 void add_transposed_product(const T* w, const T* x, int64_t rows, int64_t columns, T* to) {
   const int64_t whole = columns / kLanes<T> * kLanes<T>;
@@ -95,6 +95,20 @@ struct ParameterGradients {
   }
 };
 
+// Mean and inverse standard deviation of hidden unit j, from the batch itself where its statistics are used: rounded to
+// T they would dominate the error, since a small batch's gradient is what is left of a cancellation.
+template <typename T>
+std::pair<double, double> hidden_moments(const Call<T>& call, const HiddenUnit<T>& unit, int64_t j) {
+  const Sizes& s = call.sizes;
+  if (!call.args.training) return {unit.mean, 1 / std::sqrt(unit.var + call.args.eps)};
+  const T* hidden = static_cast<const T*>(call.args.hidden) + j;
+  double sum = 0, squares = 0;
+  for (int64_t n = 0; n < s.batch; ++n) sum += hidden[n * s.hidden()];
+  const double mean = sum / s.batch;
+  for (int64_t n = 0; n < s.batch; ++n) squares += (hidden[n * s.hidden()] - mean) * (hidden[n * s.hidden()] - mean);
+  return {mean, 1 / std::sqrt(squares / s.batch + call.args.eps)};
+}
+
 // Backward of BN1d over the whole batch: d(BN1d output) becomes d(hidden) in place.
 template <typename T>
 void hidden_norm_gradients(const Call<T>& call, const GateGradients<T>& all, const ParameterGradients<T>& to) {
@@ -102,26 +116,25 @@ void hidden_norm_gradients(const Call<T>& call, const GateGradients<T>& all, con
   const T* hidden = static_cast<const T*>(call.args.hidden);
   for (int64_t j = 0; j < s.hidden(); ++j) {
     const HiddenUnit<T> unit = hidden_unit(call, j);
-    const T inverse = 1 / std::sqrt(unit.var + static_cast<T>(call.args.eps));
+    const auto [mean, inverse] = hidden_moments(call, unit, j);
     T* grad = all.hidden + hidden_place(call, j);
-    T sum = 0, dot = 0;
+    double sum = 0, dot = 0, total = 0;
     for (int64_t n = 0; n < s.batch; ++n) {
-      const T d = grad[n * call.hidden_pitch];
-      sum += d;
-      dot += d * (hidden[n * s.hidden() + j] - unit.mean) * inverse;
+      sum += grad[n * call.hidden_pitch];
+      dot += grad[n * call.hidden_pitch] * (hidden[n * s.hidden() + j] - mean) * inverse;
+    }
+    for (int64_t n = 0; n < s.batch; ++n) {
+      double d = grad[n * call.hidden_pitch];
+      if (call.args.training) d -= (sum + (hidden[n * s.hidden() + j] - mean) * inverse * dot) / s.batch;
+      d *= unit.weight * inverse;
+      total += d;
+      grad[n * call.hidden_pitch] = static_cast<T>(d);
     }
     const bool forget = j < s.forget;
     const int64_t i = forget ? j : j - s.forget;
-    to.at[forget ? kForgetNormBias : kAttentionNormBias][i] = sum;
-    to.at[forget ? kForgetNormWeight : kAttentionNormWeight][i] = dot;
-    T total = 0;
-    for (int64_t n = 0; n < s.batch; ++n) {
-      T& d = grad[n * call.hidden_pitch];
-      if (call.args.training) d -= (sum + (hidden[n * s.hidden() + j] - unit.mean) * inverse * dot) / s.batch;
-      d *= unit.weight * inverse;
-      total += d;
-    }
-    to.at[forget ? kForget1Bias : kAllBias][i] = total;
+    to.at[forget ? kForgetNormBias : kAttentionNormBias][i] = static_cast<T>(sum);
+    to.at[forget ? kForgetNormWeight : kAttentionNormWeight][i] = static_cast<T>(dot);
+    to.at[forget ? kForget1Bias : kAllBias][i] = static_cast<T>(total);
   }
 }
 
@@ -177,8 +190,8 @@ void gate_weight_gradients(const Call<T>& call, const GateGradients<T>& all, con
 // Sums over positions and images that one thread collects for one channel; lanes are added up at the end.
 template <typename T>
 struct ChannelSums {
-  Vec<T> forget_context;        // dw_f
-  Vec<T> context[2];            // dw_3, dw_5
+  Vec<T> forget_context;  // dw_f
+  Vec<T> context[2];      // dw_3, dw_5
   Vec<T> norm_bias[2], norm_weight[2];
   Vec<T> kernel[2][kTaps];
 };
@@ -300,8 +313,14 @@ void spread_image(const Call<T>& call, const Image<const T>& u, const Image<cons
                     sums[c].forget_context);
       for (int b = 0; b < 2; ++b) {
         const auto [mean, inverse] = norm_moments(call, b, c);
-        const Branch<T> branch{channel.scale[b], channel.shift[b], mean, inverse, g.mix[b * call.channel_pitch + c],
-                               context[b][c], channel.kernel[b], shifted + 2 * b * kTaps * kChunk};
+        const Branch<T> branch{channel.scale[b],
+                               channel.shift[b],
+                               mean,
+                               inverse,
+                               g.mix[b * call.channel_pitch + c],
+                               context[b][c],
+                               channel.kernel[b],
+                               shifted + 2 * b * kTaps * kChunk};
         spread_branch(branch, x, count, to, sums[c], b);
       }
     }

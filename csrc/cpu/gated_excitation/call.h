@@ -12,7 +12,7 @@ using namespace pyext::gated_excitation;
 
 constexpr int kTaps = 9;
 constexpr int kMaps = 1 + 2 * kTaps;  // forget, branch 3, branch 5
-constexpr int64_t kChunk = 128;       // positions whose shifted probabilities stay in the first-level cache
+constexpr int64_t kChunk = 256;       // positions whose shifted probabilities stay in the first-level cache
 constexpr int64_t kStripPositions = 1024;
 
 struct Tap {
@@ -76,7 +76,6 @@ void parallel_images(const Host& host, int64_t batch, F work) {
   });
 }
 
-
 // Per channel, in the order in which the inner loops read them.
 template <typename T>
 struct Channel {
@@ -132,8 +131,7 @@ Call<T> begin_call(const GatedExcitation& args, const Host& host) {
   call.forget_pitch = round_up<T>(s.forget);
   call.hidden_pitch = call.forget_pitch + round_up<T>(s.attention);
   for (int k = 0; k < kNumParameters; ++k) {
-    call.parameters[k] =
-        as_accumulate<T>(host, args.parameters[k], args.parameter_dtype, parameter_numel(k, s));
+    call.parameters[k] = as_accumulate<T>(host, args.parameters[k], args.parameter_dtype, parameter_numel(k, s));
   }
   const int64_t lengths[4] = {s.channels, s.channels, s.attention, s.forget};
   for (int k = 0; k < kNumRunning && !args.training; ++k) {

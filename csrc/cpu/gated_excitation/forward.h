@@ -28,25 +28,30 @@ struct ForwardScratch {
   }
 };
 
-// Mean and squared deviation sum of every channel of one image, in two passes over data in cache: to[2 c], to[2 c + 1].
+// Mean and squared deviation sum of every channel of one image: to[2 c], to[2 c + 1]. Two passes over data in cache;
+// the second also finds what rounding left in the mean (the corrected two-pass algorithm, Chan, Golub, LeVeque 1983).
 template <typename T>
 void image_moments(const Call<T>& call, const Image<const T>& u, T* to) {
   const int64_t positions = call.sizes.positions(), whole = positions / kLanes<T> * kLanes<T>;
   for (int64_t c = 0; c < call.sizes.channels; ++c) {
     const T* x = u.row(c);
-    Vec<T> sum{}, squares{};
-    T tail = 0;
+    Vec<T> sum{}, rest{}, squares{};
+    T tail = 0, rest_tail = 0, squares_tail = 0;
     for (int64_t p = 0; p < whole; p += kLanes<T>) sum += load<T>(x + p);
     for (int64_t p = whole; p < positions; ++p) tail += x[p];
     const T mean = (sum_lanes<T>(sum) + tail) / positions;
-    tail = 0;
     for (int64_t p = 0; p < whole; p += kLanes<T>) {
       const Vec<T> d = load<T>(x + p) - mean;
+      rest += d;
       squares += d * d;
     }
-    for (int64_t p = whole; p < positions; ++p) tail += (x[p] - mean) * (x[p] - mean);
-    to[2 * c] = mean;
-    to[2 * c + 1] = sum_lanes<T>(squares) + tail;
+    for (int64_t p = whole; p < positions; ++p) {
+      rest_tail += x[p] - mean;
+      squares_tail += (x[p] - mean) * (x[p] - mean);
+    }
+    const T correction = sum_lanes<T>(rest) + rest_tail;
+    to[2 * c] = mean + correction / positions;
+    to[2 * c + 1] = sum_lanes<T>(squares) + squares_tail - correction * correction / positions;
   }
 }
 
@@ -89,7 +94,8 @@ void hidden_statistics(const Call<T>& call) {
     T sum = 0, squares = 0;
     for (int64_t n = 0; n < batch; ++n) sum += hidden[n * units + j];
     mean[j] = sum / batch;
-    for (int64_t n = 0; n < batch; ++n) squares += (hidden[n * units + j] - mean[j]) * (hidden[n * units + j] - mean[j]);
+    for (int64_t n = 0; n < batch; ++n)
+      squares += (hidden[n * units + j] - mean[j]) * (hidden[n * units + j] - mean[j]);
     var[j] = squares / batch;
   }
 }
@@ -135,9 +141,8 @@ void save_image(const Call<T>& call, int64_t n, const ForwardScratch<T>& scratch
     }
   }
   if (call.args.pooled) {
-    saved_vectors(call, n, scratch.gates, [](T* saved, const T* local, int64_t count) {
-      std::memcpy(saved, local, count * sizeof(T));
-    });
+    saved_vectors(call, n, scratch.gates,
+                  [](T* saved, const T* local, int64_t count) { std::memcpy(saved, local, count * sizeof(T)); });
   }
 }
 
@@ -145,9 +150,8 @@ template <typename T>
 void restore_vectors(const Call<T>& call, int64_t n, const GateVectors<T>& v) {
   std::memset(v.pooled, 0, kNumBranches * call.channel_pitch * sizeof(T));
   std::memset(v.hidden, 0, call.hidden_pitch * sizeof(T));
-  saved_vectors(call, n, v, [](const T* saved, T* local, int64_t count) {
-    std::memcpy(local, saved, count * sizeof(T));
-  });
+  saved_vectors(call, n, v,
+                [](const T* saved, T* local, int64_t count) { std::memcpy(local, saved, count * sizeof(T)); });
 }
 
 // f * u + n of one image, straight into the tensor where its memory is an image, else by way of `scratch`.
@@ -161,8 +165,8 @@ void write_output(const Call<T>& call, int64_t n, const Image<const T>& u, const
     if (direct) to = {image_data<S>(out, n), out.stride[1]};
   }
   for (int64_t c = 0; c < call.sizes.channels; ++c) {
-    const T *from = u.row(c);
-    T *row = to.row(c);
+    const T* from = u.row(c);
+    T* row = to.row(c);
     for (int64_t p = 0; p < call.pitch; p += kLanes<T>) store<T>(row + p, load<T>(from + p) * v.forget[c] + v.added[c]);
   }
   if (!direct) store_image<S>(Image<const T>{to.data, to.pitch}, out, n, call.extent);

@@ -38,26 +38,44 @@ struct StripMaps {
   }
 };
 
-// maps[j][q - origin] for the vectors that cover positions [begin, end): sums over channels, one per tap.
+// Sums over channels, one per tap of branch B, of Vectors vectors of positions from q on; with branch 3 comes the
+// forget logit. Two vectors share every broadcast weight, which makes the additions and not the loads the limit.
+template <typename T, int B, int Vectors>
+void project_vectors(const Call<T>& call, const Image<const T>& u, const ProjectionWeights<T>* weights, int64_t q,
+                     T* maps, int64_t pitch) {
+  Vec<T> forget[Vectors] = {}, sum[kTaps][Vectors] = {};
+  for (int64_t c = 0; c < call.sizes.channels; ++c) {
+    const Channel<T>& channel = call.channels[c];
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) {
+      const Vec<T> x = load<T>(u.row(c) + q + v * kLanes<T>);
+      const Vec<T> r = relu<T>(x * channel.scale[B] + channel.shift[B]);
+      if (B == 0) forget[v] += x * weights[c].forget;
+#pragma GCC unroll 9
+      for (int k = 0; k < kTaps; ++k) sum[k][v] += r * weights[c].mix[B][k];
+    }
+  }
+#pragma GCC unroll 2
+  for (int v = 0; v < Vectors; ++v) {
+    T* to = maps + q + v * kLanes<T>;
+    if (B == 0) store<T>(to, forget[v]);
+#pragma GCC unroll 9
+    for (int k = 0; k < kTaps; ++k) store<T>(to + (1 + B * kTaps + k) * pitch, sum[k][v]);
+  }
+}
+
+// maps[j * pitch + q], j < kMaps, for the vectors that cover positions [begin, end).
 template <typename T>
 void project(const Call<T>& call, const Image<const T>& u, const ProjectionWeights<T>* weights, int64_t begin,
              int64_t end, T* maps, int64_t pitch) {
-  for (int64_t q = begin; q < end; q += kLanes<T>) {
-    Vec<T> sum[kMaps] = {};
-    for (int64_t c = 0; c < call.sizes.channels; ++c) {
-      const Channel<T>& channel = call.channels[c];
-      const ProjectionWeights<T>& w = weights[c];
-      const Vec<T> x = load<T>(u.row(c) + q);
-      const Vec<T> r3 = relu<T>(x * channel.scale[0] + channel.shift[0]);
-      const Vec<T> r5 = relu<T>(x * channel.scale[1] + channel.shift[1]);
-      sum[0] += x * w.forget;
-#pragma GCC unroll 9
-      for (int k = 0; k < kTaps; ++k) {
-        sum[1 + k] += r3 * w.mix[0][k];
-        sum[1 + kTaps + k] += r5 * w.mix[1][k];
-      }
-    }
-    for (int j = 0; j < kMaps; ++j) store<T>(maps + j * pitch + q, sum[j]);
+  int64_t q = begin;
+  for (; q + kLanes<T> < end; q += 2 * kLanes<T>) {
+    project_vectors<T, 0, 2>(call, u, weights, q, maps, pitch);
+    project_vectors<T, 1, 2>(call, u, weights, q, maps, pitch);
+  }
+  if (q < end) {
+    project_vectors<T, 0, 1>(call, u, weights, q, maps, pitch);
+    project_vectors<T, 1, 1>(call, u, weights, q, maps, pitch);
   }
 }
 
@@ -80,6 +98,12 @@ Vec<T> gather_taps(const Call<T>& call, const T* maps, int64_t pitch, int64_t p)
   return total;
 }
 
+// x[begin .. end) = 0, and up to a vector more.
+template <typename T>
+void clear(T* x, int64_t begin, int64_t end) {
+  for (int64_t p = begin; p < end; p += kLanes<T>) store<T>(x + p, Vec<T>{});
+}
+
 // to[branch][p] = forget: sum_c w[c] u[c, p]; branches: sum_c,k w[c, k] r[c, p + o_k] with zero padding.
 template <typename T>
 void position_sums(const Call<T>& call, const Image<const T>& u, const ProjectionWeights<T>* weights,
@@ -94,18 +118,22 @@ void position_sums(const Call<T>& call, const Image<const T>& u, const Projectio
     // Element 0 of the strip's maps stands for position `origin`; what lies outside the image reads as zero.
     const int64_t origin = first - reach - kLanes<T>;
     T* maps = strip.data - origin;
-    project(call, u, weights, begin, end, maps, strip.pitch);
-    const int64_t computed = begin + round_up<T>(end - begin);
-    for (int j = 1; j < kMaps; ++j) {
-      T* m = maps + j * strip.pitch;
-      for (int64_t p = origin; p < 0; ++p) m[p] = 0;
-      for (int64_t p = end; p < (computed > last + reach ? computed : last + reach); ++p) m[p] = 0;
-    }
-    for (int64_t p = first; p < last; p += kLanes<T>) {
-      // A last partial vector spills into the next strip's part or the margin, both written later.
-      store<T>(to.map[kForget] + p, load<T>(maps + p));
-      store<T>(to.map[kMix3] + p, gather_taps<T, kMix3>(call, maps, strip.pitch, p));
-      store<T>(to.map[kMix5] + p, gather_taps<T, kMix5>(call, maps, strip.pitch, p));
+    for (int j = 1; j < kMaps; ++j) clear(maps + j * strip.pitch, origin, 0);
+    int64_t p = first;
+    for (int64_t q = begin; q < end; q += kChunk) {
+      const int64_t projected = q + kChunk < end ? q + kChunk : end;
+      project(call, u, weights, q, projected, maps, strip.pitch);
+      if (projected == end) {
+        for (int j = 1; j < kMaps; ++j) clear(maps + j * strip.pitch, end, last + reach);
+      }
+      // What the taps reach is in the first-level cache now. A last partial vector spills into the next strip's part
+      // or the margin, both written later.
+      const int64_t ready = projected == end ? last : projected - reach - kLanes<T>;
+      for (; p < ready; p += kLanes<T>) {
+        store<T>(to.map[kForget] + p, load<T>(maps + p));
+        store<T>(to.map[kMix3] + p, gather_taps<T, kMix3>(call, maps, strip.pitch, p));
+        store<T>(to.map[kMix5] + p, gather_taps<T, kMix5>(call, maps, strip.pitch, p));
+      }
     }
   }
 }
@@ -149,34 +177,57 @@ void shift_chunk(const Call<T>& call, const T* map, int64_t begin, int64_t end, 
 template <typename T>
 using LaneSums = Vec<T> (*)[kNumBranches];
 
-// Adds a chunk's part of c_f, c_3 and c_5; shifted holds 9 + 9 maps of kChunk, the mask of zeros is in them.
+// sum_k g[k] kernel[k] in three independent chains.
+template <typename T>
+Vec<T> weigh_taps(const Vec<T> (&g)[kTaps], const T* kernel) {
+  Vec<T> sum[3];
+#pragma GCC unroll 3
+  for (int i = 0; i < 3; ++i) sum[i] = g[i] * kernel[i] + g[3 + i] * kernel[3 + i] + g[6 + i] * kernel[6 + i];
+  return sum[0] + sum[1] + sum[2];
+}
+
+// Adds a chunk's part of branch B's pooled vector, and with branch 3 of c_f, for Channels channels from c on, which
+// share every load of a shifted probability.
+template <typename T, int B, int Channels>
+void pool_channels(const Call<T>& call, const Image<const T>& u, int64_t c, const T* forget, const T* shifted,
+                   int64_t begin, int64_t end, LaneSums<T> sums) {
+  const Channel<T>* channel = call.channels + c;
+  Vec<T> pooled[Channels] = {}, g[Channels][kTaps] = {};
+  for (int64_t q = begin; q < end; q += kLanes<T>) {
+    Vec<T> r[Channels];
+#pragma GCC unroll 2
+    for (int i = 0; i < Channels; ++i) {
+      const Vec<T> x = load<T>(u.row(c + i) + q);
+      r[i] = relu<T>(x * channel[i].scale[B] + channel[i].shift[B]);
+      if (B == 0) pooled[i] += x * load<T>(forget + q);
+    }
+#pragma GCC unroll 9
+    for (int k = 0; k < kTaps; ++k) {
+      const Vec<T> probability = load<T>(shifted + k * kChunk + q - begin);
+#pragma GCC unroll 2
+      for (int i = 0; i < Channels; ++i) g[i][k] += r[i] * probability;
+    }
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < Channels; ++i) {
+    if (B == 0) sums[c + i][kForget] += pooled[i];
+    sums[c + i][kMix3 + B] += weigh_taps<T>(g[i], channel[i].kernel[B]);
+  }
+}
+
+// Adds a chunk's part of c_f, c_3 and c_5; shifted holds 9 + 9 maps of kChunk.
 template <typename T>
 void pool_chunk(const Call<T>& call, const Image<const T>& u, const T* forget, const T* shifted, int64_t begin,
                 int64_t end, LaneSums<T> sums) {
-  for (int64_t c = 0; c < call.sizes.channels; ++c) {
-    const Channel<T>& channel = call.channels[c];
-    Vec<T> pooled{}, g3[kTaps] = {}, g5[kTaps] = {};
-    for (int64_t q = begin; q < end; q += kLanes<T>) {
-      const T* weights = shifted + q - begin;
-      const Vec<T> x = load<T>(u.row(c) + q);
-      const Vec<T> r3 = relu<T>(x * channel.scale[0] + channel.shift[0]);
-      const Vec<T> r5 = relu<T>(x * channel.scale[1] + channel.shift[1]);
-      pooled += x * load<T>(forget + q);
-#pragma GCC unroll 9
-      for (int k = 0; k < kTaps; ++k) {
-        g3[k] += r3 * load<T>(weights + k * kChunk);
-        g5[k] += r5 * load<T>(weights + (kTaps + k) * kChunk);
-      }
-    }
-    Vec<T> sum3{}, sum5{};
-#pragma GCC unroll 9
-    for (int k = 0; k < kTaps; ++k) {
-      sum3 += g3[k] * channel.kernel[0][k];
-      sum5 += g5[k] * channel.kernel[1][k];
-    }
-    sums[c][kForget] += pooled;
-    sums[c][kMix3] += sum3;
-    sums[c][kMix5] += sum5;
+  const T* shifted5 = shifted + kTaps * kChunk;
+  int64_t c = 0;
+  for (; c + 1 < call.sizes.channels; c += 2) {
+    pool_channels<T, 0, 2>(call, u, c, forget, shifted, begin, end, sums);
+    pool_channels<T, 1, 2>(call, u, c, forget, shifted5, begin, end, sums);
+  }
+  if (c < call.sizes.channels) {
+    pool_channels<T, 0, 1>(call, u, c, forget, shifted, begin, end, sums);
+    pool_channels<T, 1, 1>(call, u, c, forget, shifted5, begin, end, sums);
   }
 }
 
@@ -187,6 +238,7 @@ void finish_sums(const LaneSums<T> sums, int64_t channels, int64_t to_pitch, T* 
   for (int b = 0; b < kNumBranches; ++b) {
     for (int64_t c = 0; c < channels; c += kL) {
       Vec<T> v[kL];
+#pragma GCC unroll 16
       for (int i = 0; i < kL; ++i) v[i] = c + i < channels ? sums[c + i][b] : Vec<T>{};
       store<T>(to + b * to_pitch + c, sum_lanes_of_each<T>(v));
     }

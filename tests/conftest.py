@@ -1,0 +1,20 @@
+"""Settings that must stand before anything is imported, and uninitialised memory that shows itself."""
+
+import os
+
+# Triton's kernels run on the CPU by its interpreter; read when triton is imported.
+os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _uninitialised_memory_is_nan():
+    """torch.empty gives NaN: a kernel that leaves an element unwritten fails its test."""
+    previous = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = previous
