@@ -75,6 +75,13 @@ def cuda_toolkit() -> tuple[Path | None, str]:
 NVCC, WITHOUT_CUDA = cuda_toolkit()
 
 
+def toolkit_home(nvcc: Path) -> Path:
+    """The folder with the toolkit's include and lib, which nvcc itself tells: on many machines it is a wrapper script."""
+    plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False).stderr
+    top = next((line.split("TOP=", 1)[1] for line in plan.splitlines() if "TOP=" in line), nvcc.parent.parent)
+    return Path(top).resolve()
+
+
 def pip_cuda_includes() -> list[str]:
     """CUDA headers that torch's own wheels bring, for toolkits that lack some of them."""
     spec = importlib.util.find_spec("nvidia")
@@ -117,10 +124,11 @@ def cuda_plan() -> Plan:
     device = ["-std=c++17", "-O3", *targets, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
     device += ["-Xcompiler", "-fPIC,-fvisibility=hidden", *include_flags([])]
     host = ["-DUSE_CUDA", *STABLE_ABI]
-    host += include_flags([*cpp_extension.include_paths(), str(NVCC.parent.parent / "include"), *pip_cuda_includes()])
+    home = toolkit_home(NVCC)
+    host += include_flags([*cpp_extension.include_paths(), str(home / "include"), *pip_cuda_includes()])
     host.append(f"-I{sysconfig.get_path('include')}")
     plan = Plan(link=torch_link("c10", "torch_cpu", "torch_cuda", "c10_cuda"))
-    plan.link += [f"-L{NVCC.parent.parent / name}" for name in ("lib64", "lib", "targets/x86_64-linux/lib")]
+    plan.link += [f"-L{home / name}" for name in ("lib64", "lib", "targets/x86_64-linux/lib")]
     plan.link += ["-lcudart_static", "-lpthread", "-ldl", "-lrt"]
     plan.objects += [(source, "nvcc", device) for source in sorted((SOURCES / "cuda").glob("*.cu"))]
     plan.objects += [(source, "cxx", host) for source in sorted((SOURCES / "cuda").glob("*.cpp"))]
