@@ -76,7 +76,7 @@ NVCC, WITHOUT_CUDA = cuda_toolkit()
 
 
 def toolkit_home(nvcc: Path) -> Path:
-    """The folder with the toolkit's include and lib; nvcc itself tells, since on many machines it is a wrapper script."""
+    """The folder with the toolkit's include and lib, which nvcc tells: on many machines it is a wrapper script."""
     dry_run = [nvcc, "--dryrun", "-x", "cu", os.devnull]
     plan = subprocess.run(dry_run, capture_output=True, text=True, check=False).stderr
     top = next((line.split("TOP=", 1)[1] for line in plan.splitlines() if "TOP=" in line), nvcc.parent.parent)
