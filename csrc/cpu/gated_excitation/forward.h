@@ -109,7 +109,6 @@ void pool_image(const Call<T>& call, const ProjectionWeights<T>* weights, const 
   position_sums(call, u, weights, scratch.strip, scratch.position);
   for (T* map : scratch.position.map) softmax(map, positions);
   scratch.position.clear_margins(s);
-  std::memset(static_cast<void*>(scratch.sums), 0, s.channels * sizeof(*scratch.sums));
   for (int64_t begin = 0; begin < positions; begin += kChunk) {
     const int64_t end = begin + kChunk < positions ? begin + kChunk : positions;
     shift_chunk<T, kMix3>(call, scratch.position.map[kMix3], begin, end, scratch.shifted);

@@ -26,20 +26,36 @@ Linear<T> transposed(const Call<T>& call, int weight, int bias, int64_t inputs, 
   return {w, b, inputs, outputs};
 }
 
-// to[0 .. round_up(outputs)) = W x + b. Four sums per output hide the latency of the additions.
+// Vectors vectors of outputs from i on. Several sums per output hide the latency of the additions.
+template <typename T, int Vectors>
+void apply_vectors(const Linear<T>& linear, const T* x, int64_t i, T* to) {
+  constexpr int kSums = 4;
+  const int64_t pitch = linear.pitch(), whole = linear.inputs / kSums * kSums;
+  Vec<T> sum[Vectors][kSums] = {};
+  for (int64_t j = 0; j < whole; j += kSums) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kSums; ++k) {
+#pragma GCC unroll 2
+      for (int v = 0; v < Vectors; ++v) {
+        sum[v][k] += load<T>(linear.weight + (j + k) * pitch + i + v * kLanes<T>) * x[j + k];
+      }
+    }
+  }
+#pragma GCC unroll 2
+  for (int v = 0; v < Vectors; ++v) {
+    const int64_t at = i + v * kLanes<T>;
+    for (int64_t j = whole; j < linear.inputs; ++j) sum[v][0] += load<T>(linear.weight + j * pitch + at) * x[j];
+    store<T>(to + at, load<T>(linear.bias + at) + ((sum[v][0] + sum[v][1]) + (sum[v][2] + sum[v][3])));
+  }
+}
+
+// to[0 .. round_up(outputs)) = W x + b.
 template <typename T>
 void apply(const Linear<T>& linear, const T* x, T* to) {
   const int64_t pitch = linear.pitch();
-  for (int64_t i = 0; i < pitch; i += kLanes<T>) {
-    Vec<T> sum[4] = {load<T>(linear.bias + i)};
-    int64_t j = 0;
-    for (; j + 4 <= linear.inputs; j += 4) {
-#pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k) sum[k] += load<T>(linear.weight + (j + k) * pitch + i) * x[j + k];
-    }
-    for (; j < linear.inputs; ++j) sum[0] += load<T>(linear.weight + j * pitch + i) * x[j];
-    store<T>(to + i, (sum[0] + sum[1]) + (sum[2] + sum[3]));
-  }
+  int64_t i = 0;
+  for (; i + 2 * kLanes<T> <= pitch; i += 2 * kLanes<T>) apply_vectors<T, 2>(linear, x, i, to);
+  if (i < pitch) apply_vectors<T, 1>(linear, x, i, to);
 }
 
 template <typename T>

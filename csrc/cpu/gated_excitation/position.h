@@ -210,8 +210,10 @@ void pool_channels(const Call<T>& call, const Image<const T>& u, int64_t c, cons
   }
 #pragma GCC unroll 2
   for (int i = 0; i < Channels; ++i) {
-    if (B == 0) sums[c + i][kForget] += pooled[i];
-    sums[c + i][kMix3 + B] += weigh_taps<T>(g[i], channel[i].kernel[B]);
+    // The first chunk writes, so that nothing has to be cleared before it.
+    const Vec<T> zero{}, mixed = weigh_taps<T>(g[i], channel[i].kernel[B]);
+    if (B == 0) sums[c + i][kForget] = pooled[i] + (begin == 0 ? zero : sums[c + i][kForget]);
+    sums[c + i][kMix3 + B] = mixed + (begin == 0 ? zero : sums[c + i][kMix3 + B]);
   }
 }
 
