@@ -21,7 +21,7 @@ $(BIN)/python:
 	$(BIN)/python -m pip install -q --upgrade pip
 
 $(VENV)/torch.installed: | $(BIN)/python
-	$(BIN)/python -m pip install -q torch==$(TORCH) torchvision==$(TORCHVISION) numpy pybind11 ninja "setuptools>=77" wheel
+	$(BIN)/python -m pip install -q torch==$(TORCH) torchvision==$(TORCHVISION) numpy pybind11 ninja "setuptools>=64" wheel
 	touch $@
 
 # Editable: Python files are read where they are, and a changed C++ or CUDA file is compiled again (by ninja, alone).
