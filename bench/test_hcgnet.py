@@ -1,0 +1,220 @@
+"""Whole HCGNets: inference and training steps, by pyext's models and by `accelerate` on a plain torch program."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.case import Case, Contender, Runner
+from bench.peers import (
+    FORMATS,
+    INFERENCE_ENGINES,
+    Subject,
+    compiled,
+    from_tests,
+    inference_runner,
+    missing_engines,
+    module_subject,
+    step_runner,
+)
+from bench.roofs import Work
+from pyext import models
+from pyext.accelerate import accelerate
+
+TRAINING_BATCH = 64
+_DISTINCT = 8
+_GRADIENT_DISTANCE = 0.2
+"""Of a whole network's gradient in float32 from float64: rounding moves ReLUs across zero, each in all repetitions of
+an image (measured on A1 with plain torch: 5e-3 in NCHW, 5e-2 in channels_last)."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A published network: its plain torch program's class and arguments, and pyext's model."""
+
+    program: str
+    growth_rates: tuple[int, ...]
+    num_layers: tuple[int, ...]
+    classes: int
+    size: int
+    own: Callable[[int], nn.Module]
+
+    def plain(self) -> nn.Module:
+        """The published program with weights that depend on nothing but their names' order."""
+        return _fill(self.skeleton())
+
+    def skeleton(self) -> nn.Module:
+        """The published program as torch initialises it."""
+        build = getattr(from_tests("published_hcgnet.py"), self.program)
+        return build(self.growth_rates, self.num_layers, self.classes)
+
+    def pyext(self) -> nn.Module:
+        """pyext's model with the same weights."""
+        model = self.own(self.classes)
+        model.load_state_dict(self.plain().state_dict())
+        return model
+
+
+NETWORKS = {
+    "A1": Network("CifarNet", (12, 24, 36), (8, 8, 8), 100, 32, models.hcgnet_a1),
+    "A2": Network("CifarNet", (24, 36, 64), (8, 8, 8), 100, 32, models.hcgnet_a2),
+    "A3": Network("CifarNet", (36, 48, 80), (12, 12, 12), 100, 32, models.hcgnet_a3),
+    "B": Network("ImageNetNet", (32, 48, 64, 96), (3, 6, 12, 8), 1000, 224, models.hcgnet_b),
+}
+MODELS: dict[str, Callable[[Network], nn.Module]] = {
+    "pyext": Network.pyext,
+    "accelerate": lambda network: accelerate(network.plain()),
+    "eager": Network.plain,
+    "torch.compile": Network.plain,
+}
+OURS = ("pyext", "accelerate")
+
+
+def _fill(module: nn.Module) -> nn.Module:
+    """Weights and running statistics like those of a trained network: neither vanishing nor exploding maps."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, value in module.state_dict().items():
+            if not value.is_floating_point():
+                continue
+            noise = torch.randn(value.shape, generator=generator)
+            if name.endswith("running_var"):
+                noise = (0.1 * noise).exp()
+            elif value.dim() > 1:
+                noise *= 1.5 / math.sqrt(value[0].numel())
+            else:
+                noise = 0.1 * noise + (name.endswith("weight"))
+            value.copy_(noise)
+    return module
+
+
+def work(network: Network, batch: int, training: bool) -> Work:
+    """The least that the network must do.
+
+    Operations: those of its convolutions and matrix products (counted by torch on the plain program), in training three
+    times: forward, gradient of the maps, gradient of the weights. Bytes: images and parameters read, logits written; in
+    training parameters and momenta read and written. Maps could in principle stay in cache, so this is a low floor.
+    """
+    with torch.device("meta"):
+        model = network.skeleton().eval()
+        images = torch.empty(batch, 3, network.size, network.size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        logits = model(images)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    moved = images.numel() + logits.numel() + parameters * (4 if training else 1)
+    return Work(4 * moved, counter.get_total_flops() * (3 if training else 1))
+
+
+def _images(network: Network, batch: int) -> tuple[Tensor, Tensor]:
+    """Images and labels: `_DISTINCT` different ones, repeated.
+
+    Every output then has its float64 truth, at the cost of that few images: torch's float64 convolutions are slow. In
+    training mode the repetition changes neither the batch's means and variances nor the mean loss and its gradient.
+    """
+    generator = torch.Generator().manual_seed(2)
+    distinct = min(batch, _DISTINCT)
+    images = torch.randn(distinct, 3, network.size, network.size, generator=generator)
+    labels = torch.randint(network.classes, (distinct,), generator=generator)
+    return images.repeat(batch // distinct, 1, 1, 1), labels.repeat(batch // distinct)
+
+
+def _subject(model: nn.Module, network: Network) -> Subject:
+    """`model` with its tensors in the published order, which an accelerated one need not share.
+
+    Of the running statistics the means: the unbiased variances of repeated images are not those of the images alone.
+    """
+    with torch.device("meta"):
+        published = network.skeleton()
+    means = [name for name, _ in published.named_buffers() if name.endswith("running_mean")]
+    return module_subject(model, [name for name, _ in published.named_parameters()], means)
+
+
+def _build(
+    kind: str, network: Network, batch: int, training: bool, device: torch.device, layout: torch.memory_format
+) -> Runner:
+    model = MODELS[kind](network).to(device).to(memory_format=layout).train(training)
+    images, labels = _images(network, batch)
+    images = images.to(device).contiguous(memory_format=layout)
+    subject = _subject(model, network)
+    if kind == "torch.compile":
+        subject = compiled(subject, training)
+    return step_runner(subject, images, labels.to(device)) if training else inference_runner(subject, images)
+
+
+def _engine(name: str, network: Network, batch: int) -> Runner:
+    return INFERENCE_ENGINES[name](network.plain().eval(), _images(network, batch)[0])
+
+
+def _truth(network: Network, batch: int, training: bool) -> Runner:
+    images, labels = _images(network, min(batch, _DISTINCT))
+    subject = _subject(network.plain().double().train(training), network)
+    if training:
+        return step_runner(subject, images.double(), labels)
+    alone = inference_runner(subject, images.double())
+    return Runner(alone.run, lambda: {"out": alone.results()["out"].repeat(batch // len(images), 1)})
+
+
+def _contenders(network: Network, batch: int, training: bool, device: torch.device, peers: str) -> list[Contender]:
+    """pyext's two, eager in both memory formats, and those that the words of `peers` name."""
+    kinds = [*((kind, "") for kind in OURS), *(("eager", suffix) for suffix in FORMATS)]
+    kinds += [("torch.compile", "")] * ("compile" in peers)
+    found = [
+        Contender(
+            kind + suffix,
+            functools.partial(_build, kind, network, batch, training, device, FORMATS[suffix]),
+            ours=kind in OURS,
+        )
+        for kind, suffix in kinds
+    ]
+    if "engines" in peers and device.type == "cpu":
+        absent = missing_engines()
+        engines = [name for name in INFERENCE_ENGINES if name not in absent]
+        found += [Contender(name, functools.partial(_engine, name, network, batch)) for name in engines]
+    return found
+
+
+def _case(
+    name: str, batch: int, training: bool, device: torch.device, peers: str = "", needs_seconds: float = 0
+) -> Case:
+    network, mode = NETWORKS[name], "training step" if training else "inference"
+    return Case(
+        f"hcgnet {name} {mode}, batch {batch}",
+        _contenders(network, batch, training, device, peers),
+        functools.partial(_truth, network, batch, training),
+        functools.partial(work, network, batch, training),
+        plain=tuple("eager" + suffix for suffix in FORMATS),
+        distances={"grad_parameters": _GRADIENT_DISTANCE},
+        needs_seconds=needs_seconds,
+    )
+
+
+def cases(device: torch.device) -> list[Case]:
+    """A1 to A3 and B; the training steps of A2 and A3 where there is time."""
+    return [
+        _case("A1", 1, False, device, "compile engines"),
+        _case("A1", 64, False, device, "compile engines"),
+        _case("A1", TRAINING_BATCH, True, device),
+        _case("B", 1, False, device, "engines"),
+        _case("A2", 1, False, device),
+        _case("A2", 64, False, device),
+        _case("A3", 1, False, device),
+        _case("B", 8, False, device, "engines"),
+        _case("A3", 64, False, device),
+        _case("A2", TRAINING_BATCH, True, device, needs_seconds=120),
+        _case("A3", TRAINING_BATCH, True, device, needs_seconds=400),
+    ]
+
+
+def memory_case(device: torch.device) -> Case:
+    """The training step whose peak memory is compared."""
+    return _case("A1", TRAINING_BATCH, True, device)
+
+
+def test_hcgnet(speed, case, contender):
+    speed(case, contender)

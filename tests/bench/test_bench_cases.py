@@ -1,0 +1,82 @@
+"""The cases themselves: what they count, and that their contenders give what the gate expects."""
+
+import functools
+
+import pytest
+import torch
+
+from bench import test_gated_excitation as operator
+from bench import test_hcgnet as networks
+from bench.case import Gate
+from bench.peers import Subject, gradient_runner, step_runner
+from pyext.models.hcgnet import HCGNet
+
+CPU = torch.device("cpu")
+
+
+def test_every_case_has_a_name_of_its_own_and_peers_to_beat():
+    cases = [*operator.cases(CPU), *networks.cases(CPU)]
+    assert len({case.name for case in cases}) == len(cases)
+    for case in cases:
+        names = [contender.name for contender in case.contenders]
+        assert len(set(names)) == len(names)
+        assert {contender.ours for contender in case.contenders} == {True, False}
+        assert set(case.plain) <= set(names)
+
+
+def test_operator_work_of_the_smallest_shape():
+    # C=2, P=1: 56*2 + 9 per image, small matrices 2*(2*1*2 + 2*4 + 2*2*2) = 40; backward 120 per element and twice 40.
+    assert operator.inference_work(3, 2, 1).operations == 3 * (56 * 2 + 9 + 40)
+    assert operator.training_work(3, 2, 1).operations == 3 * (56 * 2 + 9 + 40 + 120 * 2 + 80)
+    assert operator.inference_work(64, 12, 1024).bytes == 2 * 64 * 12 * 1024 * 4
+    assert operator.training_work(64, 12, 1024).bytes == 5 * 64 * 12 * 1024 * 4
+
+
+def test_network_work_is_that_of_the_paper():
+    network = networks.NETWORKS["A1"]
+    one = networks.work(network, 1, training=False)
+    assert one.operations == pytest.approx(2 * 0.16e9, rel=0.05)
+    assert networks.work(network, 64, training=True).operations == 3 * 64 * one.operations
+    assert one.bytes == 4 * (3 * 32 * 32 + 100 + 1_102_651)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_our_contenders_and_eager_pass_the_operators_gate(training):
+    case = operator._case(6, 5, training, CPU)
+    gate = Gate(case)
+    for contender in case.contenders:
+        if not contender.name.startswith("torch.compile"):
+            runner = contender.build()
+            gate.check(contender, runner.results())
+            runner.run()
+            gate.check(contender, runner.results())
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_our_contenders_and_eager_pass_a_networks_gate(training, monkeypatch):
+    own = functools.partial(HCGNet, (8, 12), (2, 2))
+    tiny = networks.Network("CifarNet", (8, 12), (2, 2), 5, 8, own)
+    monkeypatch.setitem(networks.NETWORKS, "A1", tiny)
+    case = networks._case("A1", 16, training, CPU)
+    gate = Gate(case)
+    for contender in case.contenders:
+        runner = contender.build()
+        runner.run()
+        gate.check(contender, runner.results())
+
+
+@pytest.mark.parametrize("step", [False, True])
+def test_training_results_do_not_depend_on_what_ran_before(step):
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+    subject = Subject(module, list(module.parameters()), [module[0].running_mean])
+    x = torch.randn(4, 3)
+    runner = (
+        step_runner(subject, x, torch.tensor([0, 1, 0, 1])) if step else gradient_runner(subject, x, torch.ones(4, 2))
+    )
+    first = {name: value.clone() for name, value in runner.results().items()}
+    for _ in range(3):
+        runner.run()
+    again = runner.results()
+    assert set(first) == set(again) == {"grad_parameters", "running", *(["loss"] if step else ["out", "grad_u"])}
+    assert all(torch.equal(first[name], again[name]) for name in first)
