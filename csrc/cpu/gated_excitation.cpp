@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <memory>
 #include <tuple>
 #include <vector>
 
@@ -16,9 +15,7 @@ namespace pyext::cpu {
 namespace {
 
 using gated_excitation::kAllBias;
-using gated_excitation::kAttentionMean;
 using gated_excitation::kForget1Bias;
-using gated_excitation::kForgetMean;
 using gated_excitation::kNumBranches;
 using gated_excitation::kNumParameters;
 using gated_excitation::kNumRunning;

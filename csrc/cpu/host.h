@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdlib>
+#include <memory>
 #include <new>
 #include <vector>
 
