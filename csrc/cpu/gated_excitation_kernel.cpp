@@ -1,11 +1,9 @@
 // gated_excitation on the CPU. Compiled once per instruction set (PYEXT_CAPABILITY is its namespace).
 //
-// A depthwise map a[c, p] = sum_k K[c, k] r[c, p + o_k] is needed twice: in its position logits and in its pooled
-// vector. Both sums are exchanged with the sum over the nine taps k, which leaves two small matrix products per image
-// over contiguous positions, and no depthwise map at all:
-//   logit[p]  = sum_k m_k[p + o_k]           m_k[q] = sum_c (w[c] K[c, k]) r[c, q]      (project)
-//   pooled[c] = sum_k K[c, k] G[c, k]        G[c, k] = sum_q pi[q - o_k] r[c, q]        (pool_chunk)
-// The nine maps m_k and the nine shifted probabilities are 1/C of a map each. r = relu(BN(u)) is recomputed from u.
+// A depthwise map a[c, p] = sum_k K[c, k] r[c, p + o_k], r = relu(BN(u)), is needed twice: in its position logits,
+// which are sums over channels, and in its pooled vector, a sum over positions that the logits' softmax weighs. Both
+// are done while a strip of rows of all channels is in the first-level cache; the softmax is an online one, over the
+// strips.
 #include "cpu/gated_excitation/backward.h"
 
 namespace pyext::cpu::PYEXT_CAPABILITY {

@@ -41,7 +41,7 @@ inline void run_tasks(int64_t tasks, void (*work)(void*, int64_t), void* context
   });
 }
 
-// Owns the memory that one call shares among its threads.
+// Owns the memory that one call shares among its threads: small pieces come from one block.
 class CallMemory {
  public:
   Host host() {
@@ -49,12 +49,26 @@ class CallMemory {
   }
 
  private:
+  static constexpr size_t kBlockBytes = 64 * 1024;
+
   static void* allocate(void* self, size_t bytes) {
-    auto& buffers = static_cast<CallMemory*>(self)->buffers_;
-    buffers.push_back(allocate_aligned(bytes));
-    return buffers.back().get();
+    return static_cast<CallMemory*>(self)->take((bytes + 63) / 64 * 64);
   }
-  std::vector<AlignedBuffer> buffers_;
+
+  void* take(size_t bytes) {
+    if (bytes > left_) {
+      left_ = bytes > kBlockBytes ? bytes : kBlockBytes;
+      blocks_.push_back(allocate_aligned(left_));
+      next_ = static_cast<char*>(blocks_.back().get());
+    }
+    left_ -= bytes;
+    next_ += bytes;
+    return next_ - bytes;
+  }
+
+  std::vector<AlignedBuffer> blocks_;
+  char* next_ = nullptr;
+  size_t left_ = 0;
 };
 
 }  // namespace pyext::cpu

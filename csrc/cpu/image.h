@@ -82,8 +82,9 @@ inline void transpose_matrix(const S* from, int64_t from_pitch, const S* end, in
         for (int i = 0; i < kL; ++i) v[i] = load_converted<S, T>(corner + i * from_pitch);
       } else {
         for (int i = 0; i < kL; ++i) {
-          v[i] = Vec<T>{};
-          for (int64_t j = 0; i < height && j < width; ++j) v[i][j] = to_accumulate(corner[i * from_pitch + j]);
+          T lanes[kL] = {};
+          if (i < height) convert(corner + i * from_pitch, lanes, width);
+          v[i] = load<T>(lanes);
         }
       }
       transpose_square<T>(v);

@@ -53,9 +53,32 @@ inline void store(T* p, Vec<T> v) {
   std::memcpy(p, &v, sizeof(v));
 }
 
+// One element of a mask that keeps (all bits) or clears (none) a lane of Vec<T>.
+template <typename T>
+using LaneMask = typename VectorOf<T>::integer;
+
+template <typename T>
+inline Vec<T> keep(Vec<T> v, const LaneMask<T>* mask) {
+  IndexVec<T> bits;
+  std::memcpy(&bits, mask, sizeof(bits));
+  return (Vec<T>)((IndexVec<T>)v & bits);
+}
+
 template <typename T>
 inline Vec<T> splat(T x) {
-  return Vec<T>{} + x;
+  return x - Vec<T>{};  // unlike x + 0 this is x for -0 too, which the compiler knows
+}
+
+// A load that is not folded into each instruction that uses it: one access of memory, where it may be unaligned.
+template <typename T>
+inline Vec<T> load_once(const T* p) {
+  Vec<T> v = load<T>(p);
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__x86_64__)
+  asm("" : "+x"(v));
+#endif
+  return v;
 }
 
 // max(0, x) with NaN kept, as torch's relu: x86's maximum returns its second operand when either is NaN. The compiler
@@ -104,6 +127,23 @@ inline Vec<T> sum_lanes_of_each(Vec<T> (&v)[kLanes<T>]) {
     return sum_lanes_of_each<T, Count / 2>(v);
   }
   return v[0];
+}
+
+template <typename T, int First, int... I>
+inline Vec<T> window(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
+  return __builtin_shuffle(a, b, IndexVec<T>{(First + I)...});
+}
+
+// Every lane of `v` moves up by Distance lanes; the last ones of `before` come in.
+template <typename T, int Distance>
+inline Vec<T> shifted_up(Vec<T> before, Vec<T> v) {
+  return window<T, kLanes<T> - Distance>(before, v, std::make_integer_sequence<int, kLanes<T>>());
+}
+
+// Every lane of `v` moves down by Distance lanes; the first ones of `after` come in.
+template <typename T, int Distance>
+inline Vec<T> shifted_down(Vec<T> v, Vec<T> after) {
+  return window<T, Distance>(v, after, std::make_integer_sequence<int, kLanes<T>>());
 }
 
 template <typename T, int Distance, int... I>

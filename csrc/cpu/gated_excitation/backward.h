@@ -47,6 +47,28 @@ void add_transposed_product(const T* w, const T* x, int64_t rows, int64_t column
   }
 }
 
+// sum_p x[p] and sum_p x[p] y[p], in several chains: one would wait for itself, and round more.
+template <typename T>
+std::pair<T, T> sum_and_dot(const T* x, const T* y, int64_t length) {
+  constexpr int kChains = 4;
+  constexpr int64_t kStep = kChains * kLanes<T>;
+  Vec<T> sum[kChains] = {}, dot[kChains] = {};
+  int64_t p = 0;
+  for (; p + kStep <= length; p += kStep) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kChains; ++i) {
+      const Vec<T> v = load<T>(x + p + i * kLanes<T>);
+      sum[i] += v;
+      dot[i] += v * load<T>(y + p + i * kLanes<T>);
+    }
+  }
+  for (; p < length; p += kLanes<T>) {
+    sum[0] += load<T>(x + p);
+    dot[0] += load<T>(x + p) * load<T>(y + p);
+  }
+  return {sum_lanes<T>((sum[0] + sum[1]) + (sum[2] + sum[3])), sum_lanes<T>((dot[0] + dot[1]) + (dot[2] + dot[3]))};
+}
+
 // dn = sum_p dout and df = sum_p dout u of one image, then back through the gates up to the BN1d outputs.
 template <typename T>
 void gate_gradients(const Call<T>& call, const Image<const T>& u, const Image<const T>& grad, const GateVectors<T>& v,
@@ -56,16 +78,11 @@ void gate_gradients(const Call<T>& call, const Image<const T>& u, const Image<co
   T* grad_hidden = g.hidden;
   std::memset(grad_hidden, 0, call.hidden_pitch * sizeof(T));
   for (int64_t c = 0; c < s.channels; ++c) {
-    Vec<T> sum{}, dot{};
-    for (int64_t p = 0; p < call.pitch; p += kLanes<T>) {
-      const Vec<T> d = load<T>(grad.row(c) + p);
-      sum += d;
-      dot += d * load<T>(u.row(c) + p);
-    }
-    const T dn = sum_lanes<T>(sum), f = v.forget[c], alpha = v.alpha[c];
+    const auto [sum, dot] = sum_and_dot(grad.row(c), u.row(c), call.pitch);
+    const T dn = sum, f = v.forget[c], alpha = v.alpha[c];
     const T difference = v.pooled[kMix3 * pitch + c] - v.pooled[kMix5 * pitch + c];
     g.added[c] = dn;
-    g.forget_logit[c] = sum_lanes<T>(dot) * f * (1 - f);
+    g.forget_logit[c] = dot * f * (1 - f);
     g.select[c] = dn * difference * alpha * (1 - alpha);
     g.mix[c] = alpha * dn;
     g.mix[pitch + c] = (1 - alpha) * dn;
@@ -196,13 +213,31 @@ struct ChannelSums {
   Vec<T> kernel[2][kTaps];
 };
 
+constexpr int64_t kChunk = 256;  // positions whose shifted probabilities stay in the first-level cache
+
+// Three maps of one value per position (branches forget, 3, 5), each with zeros around it for shifted reads.
+template <typename T>
+struct PositionMaps {
+  T* map[kNumBranches];
+  static int64_t margin(const Sizes& s) { return round_up<T>(2 * s.width + 2); }
+  void carve(Arena& arena, const Sizes& s) {
+    const int64_t length = round_up<T>(s.positions()) + 2 * margin(s);
+    for (T*& m : map) m = arena.take<T>(length) + margin(s);
+  }
+  void clear_margins(const Sizes& s) const {
+    for (T* m : map) {
+      std::memset(m - margin(s), 0, margin(s) * sizeof(T));
+      std::memset(m + s.positions(), 0, (round_up<T>(s.positions()) - s.positions() + margin(s)) * sizeof(T));
+    }
+  }
+};
+
 template <typename T>
 struct BackwardScratch {
   T *image, *grad, *result;
   T* shifted;  // [branch][probability, logit gradient][tap][kChunk]
   PositionMaps<T> position, logit;
-  StripMaps<T> strip;
-  ProjectionWeights<T>* weights;
+  Strip<T> strip;
   void carve(Arena& arena, const Call<T>& call) {
     const Sizes& s = call.sizes;
     image = arena.take<T>(s.channels * call.pitch);
@@ -212,9 +247,34 @@ struct BackwardScratch {
     position.carve(arena, s);
     logit.carve(arena, s);
     strip.carve(arena, s);
-    weights = arena.take<ProjectionWeights<T>>(s.channels);
   }
 };
+
+struct Tap {
+  int dy, dx;
+};
+
+// Offset of tap k in a 3x3 window of dilation 1 (branch kMix3) or 2 (branch kMix5).
+constexpr Tap tap(int branch, int k) {
+  const int dilation = branch == kMix3 ? 1 : 2;
+  return {(k / 3 - 1) * dilation, (k % 3 - 1) * dilation};
+}
+
+// to[k * kChunk + i] = map[q - o_k], q = begin + i, where q - o_k lies inside the image, else 0.
+template <typename T, int Branch>
+void shift_chunk(const Call<T>& call, const T* map, int64_t begin, int64_t end, T* to) {
+#pragma GCC unroll 9
+  for (int k = 0; k < kTaps; ++k) {
+    const Tap o = tap(Branch, k);
+    const T* from = map - (o.dy * call.sizes.width + o.dx);
+    const LaneMask<T>* mask = call.column_mask[2 - o.dx];
+    for (int64_t q = begin; q < end; q += kLanes<T>) {
+      store<T>(to + k * kChunk + q - begin, keep<T>(load<T>(from + q), mask + q));
+    }
+    // Past the image u is padded with zeros, of which BN makes something else.
+    for (int64_t i = end - begin; i < round_up<T>(end - begin); ++i) to[k * kChunk + i] = 0;
+  }
+}
 
 // Gradients of the position logits: dl = pi (d - dot), d = sum_c dc[c] x[c, p], dot = sum_p pi d.
 template <typename T>
@@ -341,6 +401,16 @@ void pooled_gradients(const Call<T>& call, const GateGradients<T>& g, T* both) {
   }
 }
 
+// to[p] = sum_c grad_pooled[c] a[c, p]. A strip's last partial vector spills into the next strip's part or the margin,
+// both written later.
+template <typename T, int B>
+void branch_logit_sums(const Call<T>& call, const Image<const T>& u, const T* grad_pooled, const Strip<T>& strip,
+                       T* to) {
+  for_each_strip<T, B>(call, u, strip, [&](int64_t first, int64_t count) {
+    combine(strip.maps, strip.pitch, call.sizes.channels, grad_pooled, count, to + first);
+  });
+}
+
 // Position maps of one image: saved probabilities, and gradients of the logits.
 template <typename T>
 void position_gradients(const Call<T>& call, int64_t n, const Image<const T>& u, const GateGradients<T>& g,
@@ -351,8 +421,9 @@ void position_gradients(const Call<T>& call, int64_t n, const Image<const T>& u,
   for (int b = 0; b < kNumBranches; ++b) {
     std::memcpy(scratch.position.map[b], saved + b * positions, positions * sizeof(T));
   }
-  projection_weights(call, g.added, g.mix, g.mix + call.channel_pitch, scratch.weights);
-  position_sums(call, u, scratch.weights, scratch.strip, scratch.logit);
+  combine(u.data, u.pitch, s.channels, g.added, positions, scratch.logit.map[kForget]);
+  branch_logit_sums<T, 0>(call, u, g.mix, scratch.strip, scratch.logit.map[kMix3]);
+  branch_logit_sums<T, 1>(call, u, g.mix + call.channel_pitch, scratch.strip, scratch.logit.map[kMix5]);
   scratch.position.clear_margins(s);
   scratch.logit.clear_margins(s);
   for (int b = 0; b < kNumBranches; ++b) logit_gradients(scratch.position.map[b], scratch.logit.map[b], call.pitch);

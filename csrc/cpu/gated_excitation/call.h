@@ -11,19 +11,6 @@ namespace {
 using namespace pyext::gated_excitation;
 
 constexpr int kTaps = 9;
-constexpr int kMaps = 1 + 2 * kTaps;  // forget, branch 3, branch 5
-constexpr int64_t kChunk = 256;       // positions whose shifted probabilities stay in the first-level cache
-constexpr int64_t kStripPositions = 1024;
-
-struct Tap {
-  int dy, dx;
-};
-
-// Offset of tap k in a 3x3 window of dilation 1 (branch kMix3) or 2 (branch kMix5).
-constexpr Tap tap(int branch, int k) {
-  const int dilation = branch == kMix3 ? 1 : 2;
-  return {(k / 3 - 1) * dilation, (k % 3 - 1) * dilation};
-}
 
 // Hands out pieces of one block; the first pass, with a null base, measures the block.
 class Arena {
@@ -84,12 +71,6 @@ struct Channel {
 };
 
 template <typename T>
-struct ProjectionWeights {
-  T forget;
-  T mix[2][kTaps];
-};
-
-template <typename T>
 struct Call {
   const GatedExcitation& args;
   const Host& host;
@@ -102,7 +83,7 @@ struct Call {
   const T* parameters[kNumParameters] = {};
   const T* running[kNumRunning] = {};
   Channel<T>* channels = nullptr;
-  T* column_mask[5] = {};  // [dx + 2][p]: 1 where column(p) + dx lies inside the map
+  LaneMask<T>* column_mask[5] = {};  // [dx + 2][p]: all bits where column(p) + dx lies inside the map
 };
 
 // A parameter in the accumulate type: its own memory, or a converted copy.
@@ -122,6 +103,17 @@ const T* as_accumulate(const Host& host, const void* data, DType dtype, int64_t 
   return static_cast<const T*>(data);
 }
 
+// One row is computed and repeated; strips read vectors that start at any row.
+template <typename T>
+LaneMask<T>* column_mask(const Host& host, const Sizes& s, int64_t dx) {
+  const int64_t length = round_up<T>(s.positions()) + kLanes<T>;
+  auto* mask = shared<LaneMask<T>>(host, length);
+  for (int64_t p = 0; p < length; ++p) {
+    mask[p] = p >= s.width ? mask[p - s.width] : (p + dx >= 0 && p + dx < s.width ? -1 : 0);
+  }
+  return mask;
+}
+
 template <typename T>
 Call<T> begin_call(const GatedExcitation& args, const Host& host) {
   const Sizes& s = args.sizes;
@@ -137,15 +129,7 @@ Call<T> begin_call(const GatedExcitation& args, const Host& host) {
   for (int k = 0; k < kNumRunning && !args.training; ++k) {
     call.running[k] = as_accumulate<T>(host, args.running[k], args.running_dtype, lengths[k / 2]);
   }
-  const int64_t mask_pitch = call.pitch + kLanes<T>;  // strips read vectors that start anywhere
-  T* masks = shared<T>(host, 5 * mask_pitch);
-  for (int i = 0; i < 5; ++i) {
-    call.column_mask[i] = masks + i * mask_pitch;
-    for (int64_t p = 0; p < mask_pitch; ++p) {
-      const int64_t column = p % s.width + i - 2;
-      call.column_mask[i][p] = column >= 0 && column < s.width ? 1 : 0;
-    }
-  }
+  for (int i = 0; i < 5; ++i) call.column_mask[i] = column_mask<T>(host, s, i - 2);
   return call;
 }
 
@@ -166,18 +150,6 @@ void prepare_channels(Call<T>& call) {
       channel.scale[b] = weight[c] / std::sqrt(var[c] + static_cast<T>(call.args.eps));
       channel.shift[b] = bias[c] - mean[c] * channel.scale[b];
       for (int k = 0; k < kTaps; ++k) channel.kernel[b][k] = kernel[c * kTaps + k];
-    }
-  }
-}
-
-// weights[c] for `project`: per-channel factors times the depthwise kernels.
-template <typename T>
-void projection_weights(const Call<T>& call, const T* forget, const T* mix3, const T* mix5, ProjectionWeights<T>* to) {
-  for (int64_t c = 0; c < call.sizes.channels; ++c) {
-    to[c].forget = forget[c];
-    for (int k = 0; k < kTaps; ++k) {
-      to[c].mix[0][k] = mix3[c] * call.channels[c].kernel[0][k];
-      to[c].mix[1][k] = mix5[c] * call.channels[c].kernel[1][k];
     }
   }
 }

@@ -11,20 +11,20 @@ template <typename T>
 struct ForwardScratch {
   T* image;
   T* result;
-  T* shifted;  // 2 x 9 x kChunk
-  PositionMaps<T> position;
-  StripMaps<T> strip;
+  T* forget;  // exponentials of the forget logits
+  T* tops;    // of every strip, the highest logit when its exponentials were taken
+  Strip<T> strip;
   GateVectors<T> gates;
-  LaneSums<T> sums;
+  Vec<T>* sums;
   void carve(Arena& arena, const Call<T>& call) {
     const Sizes& s = call.sizes;
     image = arena.take<T>(s.channels * call.pitch);
     result = arena.take<T>(s.channels * call.pitch);
-    shifted = arena.take<T>(2 * kTaps * kChunk);
-    position.carve(arena, s);
+    forget = arena.take<T>(call.pitch);
+    tops = arena.take<T>(s.height);
     strip.carve(arena, s);
     gates.carve(arena, call);
-    sums = reinterpret_cast<LaneSums<T>>(arena.take<Vec<T>>(kNumBranches * s.channels));
+    sums = arena.take<Vec<T>>(s.channels);
   }
 };
 
@@ -100,22 +100,57 @@ void hidden_statistics(const Call<T>& call) {
   }
 }
 
-// Position probabilities, pooled vectors and hidden vectors of one image.
+// to[i] = from[i] * factor.
 template <typename T>
-void pool_image(const Call<T>& call, const ProjectionWeights<T>* weights, const Gates<T>& gates,
-                const Image<const T>& u, const ForwardScratch<T>& scratch) {
+void scale(const T* from, int64_t count, T factor, T* to) {
+  int64_t i = 0;
+  for (; i + kLanes<T> <= count; i += kLanes<T>) store<T>(to + i, load<T>(from + i) * factor);
+  for (; i < count; ++i) to[i] = from[i] * factor;
+}
+
+// c_f of one image; its position probabilities go to `saved` unless that is null.
+template <typename T>
+void pool_forget(const Call<T>& call, const Image<const T>& u, const ForwardScratch<T>& scratch, T* saved) {
   const Sizes& s = call.sizes;
-  const int64_t positions = s.positions();
-  position_sums(call, u, weights, scratch.strip, scratch.position);
-  for (T* map : scratch.position.map) softmax(map, positions);
-  scratch.position.clear_margins(s);
-  for (int64_t begin = 0; begin < positions; begin += kChunk) {
-    const int64_t end = begin + kChunk < positions ? begin + kChunk : positions;
-    shift_chunk<T, kMix3>(call, scratch.position.map[kMix3], begin, end, scratch.shifted);
-    shift_chunk<T, kMix5>(call, scratch.position.map[kMix5], begin, end, scratch.shifted + kTaps * kChunk);
-    pool_chunk(call, u, scratch.position.map[kForget], scratch.shifted, begin, end, scratch.sums);
+  Pooling<T> pooling{scratch.sums};
+  pool_strip(u.data, u.pitch, s.channels, call.parameters[kForgetContextWeight], s.positions(), scratch.forget,
+             pooling);
+  const T inverse = finish_pooling(pooling, s.channels, scratch.gates.pooled + kForget * call.channel_pitch);
+  if (saved) scale(scratch.forget, s.positions(), inverse, saved);
+}
+
+// c_3 (B = 0) or c_5 (B = 1) of one image, and its position probabilities as above.
+template <typename T, int B>
+void pool_branch(const Call<T>& call, const Image<const T>& u, const ForwardScratch<T>& scratch, T* saved) {
+  const Sizes& s = call.sizes;
+  const Strip<T>& strip = scratch.strip;
+  const T* w = call.parameters[B ? kContext5Weight : kContext3Weight];
+  Pooling<T> pooling{scratch.sums};
+  T* tops = scratch.tops;
+  for_each_strip<T, B>(call, u, strip, [&](int64_t first, int64_t count) {
+    pool_strip(strip.maps, strip.pitch, s.channels, w, count, strip.weights, pooling);
+    *tops++ = pooling.top;
+    if (saved) std::memcpy(saved + first, strip.weights, count * sizeof(T));
+  });
+  const T inverse = finish_pooling(pooling, s.channels, scratch.gates.pooled + (kMix3 + B) * call.channel_pitch);
+  const int64_t length = strip.rows * s.width;
+  for (int64_t first = 0; saved && first < s.positions(); first += length) {
+    const int64_t count = first + length < s.positions() ? length : s.positions() - first;
+    const T factor = std::exp(scratch.tops[first / length] - pooling.top) * inverse;
+    scale(saved + first, count, factor, saved + first);
   }
-  finish_sums<T>(scratch.sums, s.channels, call.channel_pitch, scratch.gates.pooled);
+}
+
+// Pooled vectors and hidden vectors of image n, and its position probabilities where they are saved.
+template <typename T>
+void pool_image(const Call<T>& call, const Gates<T>& gates, int64_t n, const Image<const T>& u,
+                const ForwardScratch<T>& scratch) {
+  const int64_t positions = call.sizes.positions();
+  T* saved = static_cast<T*>(call.args.position);
+  const auto map = [&](int branch) { return saved ? saved + (n * kNumBranches + branch) * positions : nullptr; };
+  pool_forget(call, u, scratch, map(kForget));
+  pool_branch<T, 0>(call, u, scratch, map(kMix3));
+  pool_branch<T, 1>(call, u, scratch, map(kMix5));
   hidden_vectors(call, gates, scratch.gates);
 }
 
@@ -131,18 +166,10 @@ void saved_vectors(const Call<T>& call, int64_t n, const GateVectors<T>& v, Copy
 }
 
 template <typename T>
-void save_image(const Call<T>& call, int64_t n, const ForwardScratch<T>& scratch) {
-  const int64_t positions = call.sizes.positions();
-  if (call.args.position) {
-    T* to = static_cast<T*>(call.args.position) + n * kNumBranches * positions;
-    for (int b = 0; b < kNumBranches; ++b) {
-      std::memcpy(to + b * positions, scratch.position.map[b], positions * sizeof(T));
-    }
-  }
-  if (call.args.pooled) {
-    saved_vectors(call, n, scratch.gates,
-                  [](T* saved, const T* local, int64_t count) { std::memcpy(saved, local, count * sizeof(T)); });
-  }
+void save_vectors(const Call<T>& call, int64_t n, const GateVectors<T>& v) {
+  if (!call.args.pooled) return;
+  saved_vectors(call, n, v,
+                [](T* saved, const T* local, int64_t count) { std::memcpy(saved, local, count * sizeof(T)); });
 }
 
 template <typename T>
@@ -179,15 +206,12 @@ void forward(const GatedExcitation& args, const Host& host) {
   if (args.training) map_statistics<S>(call);
   prepare_channels(call);
   Gates<T> gates = prepare_gates(call);
-  auto* weights = shared<ProjectionWeights<T>>(host, s.channels);
-  projection_weights(call, call.parameters[kForgetContextWeight], call.parameters[kContext3Weight],
-                     call.parameters[kContext5Weight], weights);
   if (!args.training) prepare_hidden_norm(call, gates);
   parallel_images(host, s.batch, [&](int64_t n) {
     const auto scratch = carve_scratch<ForwardScratch<T>>(host, call);
     const Image<const T> u = load_image<S>(args.u, n, s.batch, call.extent, scratch.image);
-    pool_image(call, weights, gates, u, scratch);
-    save_image(call, n, scratch);
+    pool_image(call, gates, n, u, scratch);
+    save_vectors(call, n, scratch.gates);
     if (args.training) return;
     gate_vectors(call, gates, scratch.gates);
     write_output<S>(call, n, u, scratch.gates, scratch.result);

@@ -9,8 +9,8 @@ namespace {
 // A linear layer with its weight transposed to (inputs, round_up(outputs)), so that lanes are outputs.
 template <typename T>
 struct Linear {
-  const T* weight;
-  const T* bias;
+  T* weight;
+  T* bias;
   int64_t inputs, outputs;
   int64_t pitch() const { return round_up<T>(outputs); }
 };
@@ -26,6 +26,17 @@ Linear<T> transposed(const Call<T>& call, int weight, int bias, int64_t inputs, 
   return {w, b, inputs, outputs};
 }
 
+// a - b, in a's memory.
+template <typename T>
+Linear<T> difference(const Linear<T>& a, const Linear<T>& b) {
+  const int64_t pitch = a.pitch();
+  for (int64_t i = 0; i < a.inputs * pitch; i += kLanes<T>) {
+    store<T>(a.weight + i, load<T>(a.weight + i) - load<T>(b.weight + i));
+  }
+  for (int64_t i = 0; i < pitch; i += kLanes<T>) store<T>(a.bias + i, load<T>(a.bias + i) - load<T>(b.bias + i));
+  return a;
+}
+
 // Vectors vectors of outputs from i on. Several sums per output hide the latency of the additions.
 template <typename T, int Vectors>
 void apply_vectors(const Linear<T>& linear, const T* x, int64_t i, T* to) {
@@ -35,13 +46,13 @@ void apply_vectors(const Linear<T>& linear, const T* x, int64_t i, T* to) {
   for (int64_t j = 0; j < whole; j += kSums) {
 #pragma GCC unroll 4
     for (int k = 0; k < kSums; ++k) {
-#pragma GCC unroll 2
+#pragma GCC unroll 3
       for (int v = 0; v < Vectors; ++v) {
         sum[v][k] += load<T>(linear.weight + (j + k) * pitch + i + v * kLanes<T>) * x[j + k];
       }
     }
   }
-#pragma GCC unroll 2
+#pragma GCC unroll 3
   for (int v = 0; v < Vectors; ++v) {
     const int64_t at = i + v * kLanes<T>;
     for (int64_t j = whole; j < linear.inputs; ++j) sum[v][0] += load<T>(linear.weight + j * pitch + at) * x[j];
@@ -54,14 +65,19 @@ template <typename T>
 void apply(const Linear<T>& linear, const T* x, T* to) {
   const int64_t pitch = linear.pitch();
   int64_t i = 0;
-  for (; i + 2 * kLanes<T> <= pitch; i += 2 * kLanes<T>) apply_vectors<T, 2>(linear, x, i, to);
-  if (i < pitch) apply_vectors<T, 1>(linear, x, i, to);
+  for (; i + 3 * kLanes<T> <= pitch; i += 3 * kLanes<T>) apply_vectors<T, 3>(linear, x, i, to);
+  if (i + 2 * kLanes<T> <= pitch) {
+    apply_vectors<T, 2>(linear, x, i, to);
+  } else if (i < pitch) {
+    apply_vectors<T, 1>(linear, x, i, to);
+  }
 }
 
 template <typename T>
 struct Gates {
-  Linear<T> forget1, forget2, all, select3, select5;
-  T* scale;  // BN1d of the hidden vector [forget; attention], each part padded to whole vectors
+  Linear<T> forget1, forget2, all;
+  Linear<T> select;  // W3 - W5, b3 - b5: of the two branches' logits only the difference counts
+  T* scale;          // BN1d of the hidden vector [forget; attention], each part padded to whole vectors
   T* shift;
 };
 
@@ -71,8 +87,8 @@ Gates<T> prepare_gates(const Call<T>& call) {
   return {transposed(call, kForget1Weight, kForget1Bias, s.channels, s.forget),
           transposed(call, kForget2Weight, kForget2Bias, s.forget, s.channels),
           transposed(call, kAllWeight, kAllBias, 2 * s.channels, s.attention),
-          transposed(call, kSelect3Weight, kSelect3Bias, s.attention, s.channels),
-          transposed(call, kSelect5Weight, kSelect5Bias, s.attention, s.channels),
+          difference(transposed(call, kSelect3Weight, kSelect3Bias, s.attention, s.channels),
+                     transposed(call, kSelect5Weight, kSelect5Bias, s.attention, s.channels)),
           shared<T>(call.host, call.hidden_pitch),
           shared<T>(call.host, call.hidden_pitch)};
 }
@@ -123,7 +139,7 @@ struct GateVectors {
   T* active;  // tanh(BN1d(hidden))
   T* forget;  // f
   T* alpha;
-  T* select;  // logits of the two branches, 2 x round_up(C)
+  T* select;  // difference of the two branches' logits
   T* added;   // n
   void carve(Arena& arena, const Call<T>& call) {
     pooled = arena.take<T>(3 * call.channel_pitch);
@@ -132,7 +148,7 @@ struct GateVectors {
     active = arena.take<T>(call.hidden_pitch);
     forget = arena.take<T>(call.channel_pitch);
     alpha = arena.take<T>(call.channel_pitch);
-    select = arena.take<T>(2 * call.channel_pitch);
+    select = arena.take<T>(call.channel_pitch);
     added = arena.take<T>(call.channel_pitch);
   }
 };
@@ -154,10 +170,9 @@ void gate_vectors(const Call<T>& call, const Gates<T>& gates, const GateVectors<
     store<T>(v.active + i, tanh(normed));
   }
   apply(gates.forget2, v.active, v.forget);
-  apply(gates.select3, v.active + call.forget_pitch, v.select);
-  apply(gates.select5, v.active + call.forget_pitch, v.select + pitch);
+  apply(gates.select, v.active + call.forget_pitch, v.select);
   for (int64_t i = 0; i < pitch; i += kLanes<T>) {
-    const Vec<T> alpha = sigmoid<T>(load<T>(v.select + i) - load<T>(v.select + pitch + i));
+    const Vec<T> alpha = sigmoid<T>(load<T>(v.select + i));
     const Vec<T> c3 = load<T>(v.pooled + kMix3 * pitch + i), c5 = load<T>(v.pooled + kMix5 * pitch + i);
     store<T>(v.forget + i, sigmoid<T>(load<T>(v.forget + i)));
     store<T>(v.alpha + i, alpha);
