@@ -129,16 +129,26 @@ def test_error_is_at_most_twice_that_of_plain_torch(case, dtype, training):
     assert ours <= 2 * plain + 4 * torch.finfo(dtype).eps * truth.norm() / truth.numel() ** 0.5
 
 
+def nearby(x, count=8):
+    """x, and float32 inputs within about 1% of it: one draw's rounding errors can cancel, or pile up, by luck."""
+    draws = torch.Generator().manual_seed(1)
+    noise = [torch.randn(x.shape, generator=draws) for _ in range(count - 1)]
+    return [x.float(), *(x.float() * (1 + 0.01 * n) for n in noise)]
+
+
 @pytest.mark.parametrize("name", ["smg", "transition"])
 def test_gradient_error_is_at_most_twice_that_of_plain_torch(name):
     case = Case(name)
 
-    def run(dtype):
-        module, x = case.module(dtype).train(), case.input(dtype).requires_grad_()
+    def run(dtype, x):
+        module, x = case.module(dtype).train(), x.to(dtype).requires_grad_()
         case.loss(module(x)).backward()
         return torch.cat([g.grad.flatten() for g in (x, *module.parameters())])
 
+    inputs = nearby(case.input())
     with backend("reference"):
-        truth = run(torch.float64)
-    plain, ours = errors(run, torch.float32, truth)
-    assert ours <= 2 * plain + 4 * torch.finfo(torch.float32).eps * truth.norm() / truth.numel() ** 0.5
+        truth = torch.stack([run(torch.float64, x) for x in inputs])
+        plain = torch.stack([run(torch.float32, x) for x in inputs])
+    ours = torch.stack([run(torch.float32, x) for x in inputs])
+    ulps = 4 * torch.finfo(torch.float32).eps * truth.norm() / truth.numel() ** 0.5
+    assert (ours - truth).norm() <= 2 * (plain - truth).norm() + ulps

@@ -91,12 +91,12 @@ void hidden_statistics(const Call<T>& call) {
   T* mean = static_cast<T*>(call.args.hidden_statistics);
   T* var = mean + units;
   for (int64_t j = 0; j < units; ++j) {
-    T sum = 0, squares = 0;
+    double sum = 0, squares = 0;
     for (int64_t n = 0; n < batch; ++n) sum += hidden[n * units + j];
-    mean[j] = sum / batch;
-    for (int64_t n = 0; n < batch; ++n)
-      squares += (hidden[n * units + j] - mean[j]) * (hidden[n * units + j] - mean[j]);
-    var[j] = squares / batch;
+    const double centre = sum / batch;
+    for (int64_t n = 0; n < batch; ++n) squares += (hidden[n * units + j] - centre) * (hidden[n * units + j] - centre);
+    mean[j] = static_cast<T>(centre);
+    var[j] = static_cast<T>(squares / batch);
   }
 }
 

@@ -77,8 +77,9 @@ template <typename T>
 struct Gates {
   Linear<T> forget1, forget2, all;
   Linear<T> select;  // W3 - W5, b3 - b5: of the two branches' logits only the difference counts
-  T* scale;          // BN1d of the hidden vector [forget; attention], each part padded to whole vectors
-  T* shift;
+  // BN1d of the hidden vector [forget; attention], each part padded to whole vectors, as (hidden - mean) * scale +
+  // bias: in a small batch the mean is large against the deviation, and would cancel as part of a shift.
+  T *mean, *scale, *bias;
 };
 
 template <typename T>
@@ -89,6 +90,7 @@ Gates<T> prepare_gates(const Call<T>& call) {
           transposed(call, kAllWeight, kAllBias, 2 * s.channels, s.attention),
           difference(transposed(call, kSelect3Weight, kSelect3Bias, s.attention, s.channels),
                      transposed(call, kSelect5Weight, kSelect5Bias, s.attention, s.channels)),
+          shared<T>(call.host, call.hidden_pitch),
           shared<T>(call.host, call.hidden_pitch),
           shared<T>(call.host, call.hidden_pitch)};
 }
@@ -120,13 +122,13 @@ int64_t hidden_place(const Call<T>& call, int64_t j) {
 
 template <typename T>
 void prepare_hidden_norm(const Call<T>& call, Gates<T>& gates) {
-  std::memset(gates.scale, 0, call.hidden_pitch * sizeof(T));
-  std::memset(gates.shift, 0, call.hidden_pitch * sizeof(T));
+  for (T* values : {gates.mean, gates.scale, gates.bias}) std::memset(values, 0, call.hidden_pitch * sizeof(T));
   for (int64_t j = 0; j < call.sizes.hidden(); ++j) {
     const HiddenUnit<T> unit = hidden_unit(call, j);
     const int64_t i = hidden_place(call, j);
     gates.scale[i] = unit.weight / std::sqrt(unit.var + static_cast<T>(call.args.eps));
-    gates.shift[i] = unit.bias - unit.mean * gates.scale[i];
+    gates.mean[i] = unit.mean;
+    gates.bias[i] = unit.bias;
   }
 }
 
@@ -166,7 +168,8 @@ template <typename T>
 void gate_vectors(const Call<T>& call, const Gates<T>& gates, const GateVectors<T>& v) {
   const int64_t pitch = call.channel_pitch;
   for (int64_t i = 0; i < call.hidden_pitch; i += kLanes<T>) {
-    const Vec<T> normed = load<T>(v.hidden + i) * load<T>(gates.scale + i) + load<T>(gates.shift + i);
+    const Vec<T> centred = load<T>(v.hidden + i) - load<T>(gates.mean + i);
+    const Vec<T> normed = centred * load<T>(gates.scale + i) + load<T>(gates.bias + i);
     store<T>(v.active + i, tanh(normed));
   }
   apply(gates.forget2, v.active, v.forget);
