@@ -103,6 +103,7 @@ _GATE_LEAVES = (
 )
 """The gates' submodules with the types that the operator stands for, in the order of `PARAMETERS` and `RUNNING`."""
 
+_GATE_TYPES = tuple(kind for _, kind in _GATE_LEAVES)
 _GATE_NORMS = tuple(i for i, (_, kind) in enumerate(_GATE_LEAVES) if kind is not nn.Conv2d)
 _DILATION = {"conv_3x3": (1, 1), "conv_5x5": (2, 2)}
 _BRANCH_CONVOLUTIONS = tuple(i for i, (name, _) in enumerate(_GATE_LEAVES) if name.endswith(".conv"))
@@ -146,11 +147,21 @@ class _Gates(nn.Module):
             if type(branch) is not PreActivation or has_forward_hooks(branch):
                 return f"{name} was replaced or has hooks"
         leaves = self._gate_leaves()
-        for (name, kind), leaf in zip(_GATE_LEAVES, leaves, strict=True):
-            if type(leaf) is not kind:
-                return f"{name} is a {type(leaf).__name__}, the operator computes {kind.__name__}"
-            if has_forward_hooks(leaf):
-                return f"{name} has hooks"
+        # One comprehension each: this runs with every call, and a loop of calls would take longer than small kernels.
+        if tuple(map(type, leaves)) != _GATE_TYPES:
+            name, leaf, kind = next(
+                (name, leaf, kind)
+                for (name, kind), leaf in zip(_GATE_LEAVES, leaves, strict=True)
+                if type(leaf) is not kind
+            )
+            return f"{name} is a {type(leaf).__name__}, the operator computes {kind.__name__}"
+        hooked = [
+            i
+            for i, m in enumerate(leaves)
+            if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        ]
+        if hooked:
+            return f"{_GATE_LEAVES[hooked[0]][0]} has hooks"
         for index, (name, dilation) in zip(_BRANCH_CONVOLUTIONS, _DILATION.items(), strict=True):
             conv = leaves[index]
             spread = (conv.dilation, conv.padding, conv.stride, conv.padding_mode)
@@ -163,10 +174,11 @@ class _Gates(nn.Module):
         first = norms[0]
         if first.momentum is None:
             return "the normalisations average cumulatively (momentum=None)"
+        state = first.training, first.eps, first.momentum
         for norm in norms:
             if not norm.affine or not norm.track_running_stats or norm._buffers["running_mean"] is None:
                 return "a normalisation has no affine parameters or keeps no running statistics"
-            if norm.training != first.training or norm.eps != first.eps or norm.momentum != first.momentum:
+            if (norm.training, norm.eps, norm.momentum) != state:
                 return "the four normalisations differ in mode, eps or momentum"
         return None
 
