@@ -262,7 +262,7 @@ def gated_excitation(
         validate(u, parameters, () if running is None else running, running is None)
         result = reference(u, parameters, running or (None,) * len(RUNNING), batch_statistics, momentum, eps)
         return result if out is None else out.copy_(result)
-    statistics = () if batch_statistics else running
+    statistics: Sequence[Tensor] = () if training or running is None else running
     result, *batch = _run(name == "triton", u, parameters, statistics, batch_statistics, eps, out)
     if training and running is not None:
         _update_running(running, batch, u, momentum)
@@ -273,7 +273,7 @@ def _run(
     triton: bool,
     u: Tensor,
     parameters: Sequence[Tensor],
-    running: Sequence[Tensor] | None,
+    running: Sequence[Tensor],
     training: bool,
     eps: float,
     out: Tensor | None,
@@ -335,7 +335,7 @@ def _update_running(running: Sequence[Tensor], batch: Sequence[Tensor], u: Tenso
     forget_var, attention_var = (hidden_var * (n / (n - 1))).split(rows)
     new = [mean, var, mean, var, attention_mean, attention_var, forget_mean, forget_var]
     with torch.no_grad():
-        torch._foreach_lerp_(running, [v.to(old.dtype) for old, v in zip(running, new, strict=True)], momentum)
+        torch._foreach_lerp_(list(running), [v.to(old.dtype) for old, v in zip(running, new, strict=True)], momentum)
 
 
 # --- registration of shapes, gradients and the Triton kernels ---------------------------------------------------------
