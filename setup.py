@@ -45,6 +45,11 @@ CUDA_ARCHITECTURES = os.environ.get("PYEXT_CUDA_ARCHITECTURES", "80;90;100").spl
 # -Wno-psabi: vectors wider than the baseline's registers stay inside one file. No LTO: it would merge instruction sets.
 CXX_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-fno-lto", "-Wall", "-Wno-psabi"]
 CXX_FLAGS.append("-Wno-maybe-uninitialized")  # GCC 12 reports its own AVX-512 headers
+SANITIZERS = [name for name in os.environ.get("PYEXT_SANITIZE", "").split(",") if name]
+if SANITIZERS:  # -O1 keeps the checks and halves the compile time; a report ends the process, so none is overlooked
+    CXX_FLAGS += ["-O1", "-g1", f"-fsanitize={','.join(SANITIZERS)}", "-fno-sanitize-recover=all"]
+    CXX_FLAGS.append("-fno-omit-frame-pointer")
+SANITIZE_LINK = [f"-fsanitize={','.join(SANITIZERS)}"] if SANITIZERS else []
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
 
 
@@ -58,6 +63,8 @@ class Plan:
 
 def cuda_toolkit() -> tuple[Path | None, str]:
     """The toolkit to build pyext._cuda with, and why there is none (empty when there is one)."""
+    if SANITIZERS:
+        return None, "it was built with PYEXT_SANITIZE, which is for the CPU kernels"
     if os.environ.get("PYEXT_WITHOUT_CUDA") == "1":
         return None, "PYEXT_WITHOUT_CUDA=1 was set when it was built"
     if torch.version.cuda is None:
@@ -73,6 +80,9 @@ def cuda_toolkit() -> tuple[Path | None, str]:
 
 
 NVCC, WITHOUT_CUDA = cuda_toolkit()
+# Where compiled objects are kept, so that a second build of any kind compiles what changed: pip's own folders are
+# temporary. One folder per interpreter, torch and instrumentation.
+OBJECTS = ROOT / "build" / "-".join(["objects", sys.implementation.cache_tag, torch.__version__, *SANITIZERS])
 
 
 def toolkit_home(nvcc: Path) -> Path:
@@ -95,7 +105,8 @@ def include_flags(paths: list[str]) -> list[str]:
 
 
 def torch_link(*libraries: str) -> list[str]:
-    return [f"-L{path}" for path in cpp_extension.library_paths()] + [f"-l{name}" for name in libraries]
+    # libgcc first by its archive: GCC 12's half-precision conversions are in no older libgcc_s. Unwinding stays shared.
+    return [f"-L{path}" for path in cpp_extension.library_paths()] + [f"-l{name}" for name in (*libraries, "gcc")]
 
 
 def cpu_plan() -> Plan:
@@ -107,7 +118,7 @@ def cpu_plan() -> Plan:
         f'-DPYEXT_BUILD_TORCH=\\"{torch.__version__}\\"',
         f'-DPYEXT_BUILD_CUDA=\\"{WITHOUT_CUDA or torch.version.cuda}\\"',
     ]
-    plan = Plan(link=torch_link("c10", "torch_cpu"))
+    plan = Plan(link=[*torch_link("c10", "torch_cpu"), *SANITIZE_LINK])
     plan.objects.append((SOURCES / "ops.cpp", "cxx", torch_flags))
     plan.objects.append((SOURCES / "module.cpp", "cxx", pybind_flags + facts))
     for source in sorted((SOURCES / "cpu").glob("*.cpp")):
@@ -165,7 +176,7 @@ class NinjaBuild(build_ext):
     def build_extension(self, extension: Extension) -> None:
         plan = cuda_plan() if extension.name == "pyext._cuda" else cpu_plan()
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
-        folder = Path(self.build_temp).resolve() / extension.name
+        folder = OBJECTS / extension.name
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text(ninja_file(plan, target, folder))
@@ -177,4 +188,8 @@ extensions = [Extension("pyext._C", sources=[])]
 if NVCC is not None and any((SOURCES / "cuda").glob("*.cu")):
     extensions.append(Extension("pyext._cuda", sources=[]))
 
-setup(ext_modules=extensions, cmdclass={"build_ext": NinjaBuild})
+if __name__ == "__main__":  # the sanitizer tests read the flags above
+    # A wheel for others says in its version what it holds, as torch's do: 0.1.0+cpu, 0.1.0+cu130.
+    variant = "+cpu" if NVCC is None else f"+cu{torch.version.cuda.replace('.', '')}"
+    options = {"egg_info": {"tag_build": variant}} if os.environ.get("PYEXT_LOCAL_VERSION") == "1" else {}
+    setup(ext_modules=extensions, cmdclass={"build_ext": NinjaBuild}, options=options)

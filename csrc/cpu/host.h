@@ -27,6 +27,9 @@ inline AlignedBuffer allocate_aligned(size_t bytes) {
 inline void* thread_scratch(size_t bytes) {
   thread_local AlignedBuffer buffer;
   thread_local size_t capacity = 0;
+#if defined(__SANITIZE_ADDRESS__)
+  capacity = 0;  // of the exact size every time, so that an access past the end is one past the allocation's
+#endif
   if (bytes > capacity) {
     buffer.reset();
     buffer = allocate_aligned(bytes);

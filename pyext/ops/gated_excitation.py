@@ -436,10 +436,12 @@ def _triton_kernels():
 
 
 def _triton_forward(u, parameters, running, training, eps, save):
+    validate(u, parameters, running, training)  # a kernel reads past the end of a tensor that is too short
     return _triton_kernels().forward(u, parameters, running, training, eps, save)
 
 
 def _triton_out(u, parameters, running, training, eps, *, out):
+    validate(u, parameters, running, training)
     return _triton_kernels().forward_out(u, parameters, running, training, eps, out)
 
 

@@ -3,23 +3,10 @@
 from __future__ import annotations
 
 import torch
+from layouts import in_layout
 from torch import Tensor
 
 from pyext.ops.gated_excitation import PARAMETERS, RUNNING, parameter_shapes
-
-
-def _in_layout(x: Tensor, layout: str) -> Tensor:
-    """`x` as NCHW, as channels_last, or as a channel slice of a larger tensor whose other channels are NaN."""
-    if layout == "nchw":
-        return x.contiguous()
-    if layout == "channels_last":
-        return x.contiguous(memory_format=torch.channels_last)
-    if layout != "slice":
-        raise ValueError(f"unknown layout {layout!r}")
-    n, c, h, w = x.shape
-    larger = x.new_full((n, c + 5, h, w), float("nan"))
-    larger[:, 2 : c + 2] = x
-    return larger[:, 2 : c + 2]
 
 
 def _parameter(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -52,11 +39,11 @@ def make_inputs(
     layout: str = "nchw",
     seed: int = 0,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """u in `dtype` and `layout` ("nchw", "channels_last" or "slice"), parameters, and running statistics."""
+    """u in `dtype` and `layout` (a name in layouts.LAYOUTS), parameters, and running statistics."""
     generator = torch.Generator().manual_seed(seed)
     u = torch.randn((n, c, h, w), generator=generator, dtype=torch.float64) + 0.2
     shapes = parameter_shapes(c, forget, attention)
     parameters = [_parameter(name, shapes[name], generator) for name in PARAMETERS]
     running = [_running(name, shapes[name.rsplit(".", 1)[0] + ".weight"][0], generator) for name in RUNNING]
     kind = parameter_dtype or dtype
-    return _in_layout(u.to(dtype), layout), [p.to(kind) for p in parameters], [r.to(kind) for r in running]
+    return in_layout(u.to(dtype), layout), [p.to(kind) for p in parameters], [r.to(kind) for r in running]

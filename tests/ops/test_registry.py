@@ -4,38 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from inputs import make_inputs
+from described import description_of, operator_of
 
-import pyext
 from pyext._backend import BACKENDS, OPERATORS
 
 REGISTERED = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("pyext::"))
 
 
-def _forward_inputs(dtype, training, save=True):
-    u, parameters, running = make_inputs(3, 4, 3, 5, forget=2, attention=3, dtype=dtype)
-    u.requires_grad_(save)
-    return (u, [p.requires_grad_(save) for p in parameters], [] if training else running, training, 1e-5)
-
-
-def _backward_inputs(dtype, training):
-    u, parameters, running, *rest = _forward_inputs(dtype, training, save=False)
-    _, *saved = torch.ops.pyext.gated_excitation(u, parameters, running, *rest, True)
-    return (torch.randn_like(u), u, parameters, running, *saved, *rest)
-
-
 def _samples(name: str, training: bool):
-    """Arguments and keywords of one call of operator `name`; KeyError for one that nobody wrote samples for."""
+    """Arguments and keywords of one call of the registered `name`; KeyError for one that nobody wrote samples for."""
     dtype = torch.float32 if "triton" in name else torch.float64
-    kind = name.removeprefix("pyext::").replace("_triton", "")
-    if kind == "gated_excitation":
-        return (*_forward_inputs(dtype, training), True), {}
-    if kind == "gated_excitation_out":
-        arguments = _forward_inputs(dtype, training, save=False)
-        return arguments, {"out": torch.zeros_like(arguments[0])}
-    if kind == "gated_excitation_backward":
-        return _backward_inputs(dtype, training), {}
-    raise KeyError(f"no sample inputs for operator {name}: add them here")
+    samples = description_of(operator_of(name)).samples
+    return samples[name.removeprefix("pyext::").replace("_triton", "")](dtype, training)
 
 
 def test_operators_are_found():
@@ -53,13 +33,13 @@ def test_opcheck(name, training):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", sorted(OPERATORS))
 def test_gradcheck(name, training):
-    u, parameters, running = make_inputs(3, 3, 3, 4, forget=2, attention=2, dtype=torch.float64, seed=4)
+    description = description_of(name)
+    case = description.small(torch.float64, training)
 
-    def call(u, *parameters):
-        return getattr(pyext.ops, name)(u, parameters, None if training else running, backend="cpu")
+    def call(*leaves):
+        return description.call(case.with_inputs(leaves), backend="cpu")
 
-    leaves = [x.requires_grad_() for x in (u, *parameters)]
-    assert torch.autograd.gradcheck(call, leaves)
+    assert torch.autograd.gradcheck(call, [x.requires_grad_() for x in case.inputs.values()])
 
 
 def test_every_operator_has_every_backend():

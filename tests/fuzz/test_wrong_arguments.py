@@ -1,0 +1,108 @@
+"""Drawn calls of every operator with one thing wrong: refused in words that name it, by every backend."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from described import Case, description_of
+from hypothesis import assume, given
+
+from pyext._backend import OPERATORS
+
+BACKENDS = ("auto", "cpu", "reference", "triton")
+
+
+def _other_sizes(x):
+    """Shapes that `x` does not have, each with a number of elements that it does not have."""
+    shapes = [(*x.shape, 2)]
+    for dim in range(x.dim()):
+        shapes.append((*x.shape[:dim], x.shape[dim] + 1, *x.shape[dim + 1 :]))
+    return shapes
+
+
+def wrong_shape(draw, case, name, x):
+    return x.new_zeros(draw(st.sampled_from(_other_sizes(x))))
+
+
+def no_elements(draw, case, name, x):
+    return x.new_zeros([*x.shape[:-1], 0])
+
+
+def wrong_dtype(draw, case, name, x):
+    allowed = {case.main.dtype, torch.float32, torch.float64}
+    kinds = (torch.int32, torch.int64, torch.bool, torch.complex64, torch.uint8, torch.bfloat16, torch.float16)
+    return x.to(draw(st.sampled_from([kind for kind in kinds if kind not in allowed])))
+
+
+def other_device(draw, case, name, x):
+    return x.to("meta")
+
+
+CHANGES = (wrong_shape, no_elements, wrong_dtype, other_device)
+
+
+def with_tensor(case: Case, name: str, tensor: torch.Tensor) -> Case:
+    if name in case.inputs:
+        return replace(case, inputs={**case.inputs, name: tensor})
+    return replace(case, states={**case.states, name: tensor})
+
+
+def refused(description, case: Case, backend: str, words, **options) -> None:
+    with pytest.raises((TypeError, ValueError, RuntimeError)) as caught, torch.no_grad():
+        description.call(case, backend=backend, **options)
+    assert any(word in str(caught.value) for word in words), f"none of {words} in: {caught.value}"
+
+
+every_operator = pytest.mark.parametrize("name", sorted(OPERATORS))
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def on_every_operator_and_backend(prove):
+    """A test of `prove(description, backend, case, draw)` for every operator and backend, on drawn float32 calls."""
+
+    @every_backend
+    @every_operator
+    def test(name, backend):
+        @given(st.data())
+        def example(data):
+            description = description_of(name)
+            case = description.draw(data.draw, torch.float32)
+            assume(description.validated(case))
+            prove(description, backend, case, data.draw)
+
+        example()
+
+    test.__doc__ = prove.__doc__
+    return test
+
+
+@on_every_operator_and_backend
+def test_one_tensor_is_wrong(description, backend, case, draw):
+    """The message names the tensor, or, for one that fixes sizes, any argument."""
+    tensors = case.inputs | case.states
+    name = draw(st.sampled_from(list(tensors)))
+    change = draw(st.sampled_from(CHANGES))
+    wrong = with_tensor(case, name, change(draw, case, name, tensors[name]))
+    refused(description, wrong, backend, list(tensors) if name in description.sizing else [name])
+
+
+@on_every_operator_and_backend
+def test_wrong_number_of_tensors(description, backend, case, draw):
+    """The message says what there are too few or too many of."""
+    names = list(case.inputs)[1:]
+    if draw(st.booleans()):
+        kept = names[: draw(st.integers(0, len(names) - 1))]
+        wrong = replace(case, inputs={name: case.inputs[name] for name in [next(iter(case.inputs)), *kept]})
+    else:
+        wrong = replace(case, inputs={**case.inputs, "one more": case.main})
+    refused(description, wrong, backend, description.counted)
+
+
+@on_every_operator_and_backend
+def test_out_is_wrong(description, backend, case, draw):
+    """Another shape, dtype or device than the result's."""
+    change = draw(st.sampled_from(CHANGES))
+    refused(description, case, backend, ["out"], out=change(draw, case, "out", case.main))
