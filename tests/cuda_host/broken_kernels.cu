@@ -3,9 +3,6 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
-#include <string>
-
-#include "guarded.h"
 #include "probes.h"
 
 // Host memory, which kernels must not touch; not in the namespace below, or the compiler would leave it out.
@@ -345,15 +342,4 @@ const Probe kProbes[] = {
 
 }  // namespace
 
-extern "C" {
-
-// Null where there is no probe of that name any more.
-const char* probe_name(size_t index) {
-  return index < sizeof(kProbes) / sizeof(kProbes[0]) ? kProbes[index].name : nullptr;
-}
-
-const char* run_probe(size_t index, float* out, const float* in) {
-  const Probe& p = kProbes[index];
-  return guarded([&] { pyext::cuda::launch(p.name, p.kernel, p.grid, p.threads, p.shared_bytes, nullptr, out, in); });
-}
-}
+PYEXT_PROBES(broken)

@@ -14,11 +14,16 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
 
 
 @pytest.fixture
-def device(library: Library) -> Iterator[Device]:
-    # Truth is computed by torch on small tensors, where its threads would spend their time on waiting.
+def one_thread() -> Iterator[None]:
+    """Truth is computed by torch on small tensors, where its threads would spend their time on waiting."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def device(library: Library, one_thread: None) -> Iterator[Device]:
     device = Device(library)
     yield device
     device.reset()
-    torch.set_num_threads(threads)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import re
 
 import pytest
-import torch
+from cuda_host.probes import Probes
 
 SHARED = "dynamic shared memory (256 bytes)"
 OUT = "out (256 bytes of global memory)"
@@ -96,44 +95,34 @@ REPORTS = {
 }
 
 
-def names(library) -> list[str]:
-    library.functions.probe_name.restype = ctypes.c_char_p
-    found = (library.functions.probe_name(ctypes.c_size_t(i)) for i in itertools.count())
-    return [name.decode() for name in itertools.takewhile(lambda name: name is not None, found)]
-
-
-def run(library, device, name: str, descending: bool = False) -> torch.Tensor:
-    library.functions.set_descending_threads(int(descending))
-    out = device.empty("out", 64)
-    given = device.copy("in", torch.arange(64.0))
-    index = ctypes.c_size_t(names(library).index(name))
-    library.call("run_probe", index, ctypes.c_void_p(out.data_ptr()), ctypes.c_void_p(given.data_ptr()))
-    return out
+@pytest.fixture
+def probes(library, device) -> Probes:
+    return Probes(library, device, "broken")
 
 
 @pytest.mark.parametrize("name", REPORTS)
-def test_fault_is_reported(library, device, name):
+def test_fault_is_reported(probes, name):
     block, thread, fault = REPORTS[name]
     where = f"kernel {name}, block ({block}, 0, 0), thread {thread if isinstance(thread, tuple) else (thread, 0, 0)}: "
     pattern = re.escape(where + fault).replace("NUMBER", r"\d+")
     with pytest.raises(RuntimeError, match=pattern):
-        run(library, device, name)
+        probes.run(name)
 
 
 @pytest.mark.parametrize("name", [name for name in REPORTS if "race" in name])
-def test_race_is_reported_in_any_order_of_threads(library, device, name):
+def test_race_is_reported_in_any_order_of_threads(probes, name):
     with pytest.raises(RuntimeError, match=f"kernel {name}, .*data race"):
-        run(library, device, name, descending=True)
+        probes.run(name, descending=True)
 
 
-def test_sound_kernels_pass(library, device):
-    sound = [name for name in names(library) if name not in REPORTS]
+def test_sound_kernels_pass(probes):
+    sound = [name for name in probes.names if name not in REPORTS]
     assert len(sound) >= 10
     for name, descending in itertools.product(sound, (False, True)):
-        assert run(library, device, name, descending).isfinite().all(), name
+        assert probes.run(name, descending).isfinite().all(), name
 
 
-def test_kernels_run_on_after_a_fault(library, device):
+def test_kernels_run_on_after_a_fault(probes):
     with pytest.raises(RuntimeError, match="shared_race"):
-        run(library, device, "shared_race")
-    assert run(library, device, "shared_without_race").tolist() == [float((i + 32) % 64) for i in range(64)]
+        probes.run("shared_race")
+    assert probes.run("shared_without_race").tolist() == [float((i + 32) % 64) for i in range(64)]

@@ -307,6 +307,21 @@ def check_backward(kernels: Kernels, case: Case) -> None:
     kernels.library.verify_launches(truth.values())
 
 
+def run_covering_checks(library: Library, device: Device) -> None:
+    """Runs every instance of every kernel; test_kernel_coverage.py finds this function by its name."""
+    shapes = [(5, 8, 12, 22), (5, 5, 23, 19)]  # with and without vectors
+    shared_memory = [FULL_SHARED_MEMORY, 4_000]  # with the image in shared memory and without
+    layouts = ["contiguous", "channels_last"]
+    for shape, dtypes, training, layout, limit in itertools.product(
+        shapes, DTYPES, (False, True), layouts, shared_memory
+    ):
+        kernels = Kernels(library, device, limit)
+        case = Case(shape, 3, 5, *dtypes.values, training, layout, seed=6)
+        check_forward(kernels, case, save=False)
+        check_backward(kernels, case)
+        device.reset()
+
+
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 @pytest.mark.parametrize(("dtype", "parameter_dtype"), DTYPES)
 @pytest.mark.parametrize(("shape", "forget", "attention"), SHAPES)
