@@ -5,14 +5,11 @@
 
 #include "probes.h"
 
-// Host memory, which kernels must not touch; not in the namespace below, or the compiler would leave it out.
-float host_memory[kProbeFloats];
-
 namespace {
 
 constexpr unsigned kFull = 0xffffffffu;
 
-float* shared_floats() { return reinterpret_cast<float*>(pyext::cuda::dynamic_shared()); }
+__device__ float* shared_floats() { return reinterpret_cast<float*>(pyext::cuda::dynamic_shared()); }
 
 __global__ void exits_before_barrier(float* out, const float*) {
   if (threadIdx.x == 33) return;
@@ -91,9 +88,8 @@ __global__ void static_shared_to_the_end(float* out, const float*) { fill_static
 
 __global__ void static_shared_far_past_end(float* out, const float*) {
   __shared__ float shared[64];
-  float* far = shared + threadIdx.x;
-  asm("" : "+r"(far));
-  far[1 << 14] = 1.f;
+  float* volatile hidden_from_compiler = shared;
+  hidden_from_compiler[(1 << 14) + threadIdx.x] = 1.f;
   out[threadIdx.x] = 1.f;
 }
 
@@ -103,9 +99,10 @@ __device__ void copy_from(float* out, const float* in, int64_t beyond) {
 __global__ void reads_one_past_end(float* out, const float* in) { copy_from(out, in, 1); }
 __global__ void reads_one_before(float* out, const float* in) { copy_from(out, in, -1); }
 __global__ void reads_far_past_end(float* out, const float* in) { copy_from(out, in, int64_t{1} << 40); }
-__global__ void writes_host_memory(float* out, const float* in) {
+__global__ void writes_through_null(float* out, const float* in) {
+  float* volatile null = nullptr;
   out[threadIdx.x] = in[threadIdx.x];
-  host_memory[threadIdx.x] = in[threadIdx.x];
+  null[threadIdx.x] = in[threadIdx.x];
 }
 __global__ void writes_one_past_end(float* out, const float*) { out[threadIdx.x + 1] = 1.f; }
 __global__ void writes_an_input(float* out, const float* in) {
@@ -307,7 +304,7 @@ const Probe kProbes[] = {
     PROBE(reads_one_past_end, kOne, kThreads),
     PROBE(reads_one_before, kOne, kThreads),
     PROBE(reads_far_past_end, kOne, kThreads),
-    PROBE(writes_host_memory, kOne, kThreads),
+    PROBE(writes_through_null, kOne, kThreads),
     PROBE(writes_one_past_end, kOne, kThreads),
     PROBE(writes_an_input, kOne, kThreads),
     PROBE(reads_and_writes_all, kOne, kThreads),

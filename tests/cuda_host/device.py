@@ -18,12 +18,12 @@ class Device:
         self._functions = library.functions
         self._functions.device_allocate.restype = ctypes.c_void_p
 
-    def copy(self, name: str, x: Tensor) -> Tensor:
-        """`x` with its strides and its alignment, which kernels may read and not write."""
+    def copy(self, name: str, x: Tensor, writable: bool = False) -> Tensor:
+        """`x` with its strides and its alignment, which kernels may read, and write only if it is `writable`."""
         result = self.empty_like(name, x)
         if x.numel() > 0:
             _stretch(result).copy_(_stretch(x))
-        self._expose(result, written=True, frozen=True)
+        self._expose(result, written=True, frozen=not writable)
         return result
 
     def empty_like(self, name: str, x: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
 // Kernels of the shim's own tests, for ctypes by their names.
 #pragma once
 
-#include "cuda/launch.h"
+// In angle brackets, so that it is the include path that chooses between the shim's and the real one.
+#include <cuda/launch.h>
+
 #include "guarded.h"
 
 struct Probe {
