@@ -99,11 +99,7 @@ __device__ void copy_from(float* out, const float* in, int64_t beyond) {
 __global__ void reads_one_past_end(float* out, const float* in) { copy_from(out, in, 1); }
 __global__ void reads_one_before(float* out, const float* in) { copy_from(out, in, -1); }
 __global__ void reads_far_past_end(float* out, const float* in) { copy_from(out, in, int64_t{1} << 40); }
-__global__ void writes_through_null(float* out, const float* in) {
-  float* volatile null = nullptr;
-  out[threadIdx.x] = in[threadIdx.x];
-  null[threadIdx.x] = in[threadIdx.x];
-}
+__global__ void writes_far_past_end(float* out, const float*) { out[threadIdx.x + (int64_t{1} << 40)] = 1.f; }
 __global__ void writes_one_past_end(float* out, const float*) { out[threadIdx.x + 1] = 1.f; }
 __global__ void writes_an_input(float* out, const float* in) {
   out[threadIdx.x] = in[threadIdx.x];
@@ -304,7 +300,7 @@ const Probe kProbes[] = {
     PROBE(reads_one_past_end, kOne, kThreads),
     PROBE(reads_one_before, kOne, kThreads),
     PROBE(reads_far_past_end, kOne, kThreads),
-    PROBE(writes_through_null, kOne, kThreads),
+    PROBE(writes_far_past_end, kOne, kThreads),
     PROBE(writes_one_past_end, kOne, kThreads),
     PROBE(writes_an_input, kOne, kThreads),
     PROBE(reads_and_writes_all, kOne, kThreads),

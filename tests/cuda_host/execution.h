@@ -30,13 +30,13 @@ void run(const Launch& launch);
 // Whether the last thread of the last warp has the first turn.
 bool& descending();
 
-// Of the thread that runs. They never change for a thread, so the compiler may call them once.
-[[gnu::const]] uint3 current_thread();
-[[gnu::const]] uint3 current_block();
-[[gnu::const]] dim3 current_threads();
-[[gnu::const]] dim3 current_grid();
-[[gnu::const]] unsigned current_lane();
-[[gnu::const]] unsigned char* current_shared();
+// Of the thread that runs.
+uint3 current_thread();
+uint3 current_block();
+dim3 current_threads();
+dim3 current_grid();
+unsigned current_lane();
+unsigned char* current_shared();
 
 // How reports name the thread that accessed memory in `epoch`.
 std::string who(uint32_t epoch, uint32_t thread);

@@ -39,7 +39,7 @@ REPORTS = {
     "reads_one_past_end": (0, 63, "out of bounds: reads 4 bytes at byte 256 of in (256 bytes of global memory"),
     "reads_one_before": (0, 0, "out of bounds: reads 4 bytes at byte"),
     "reads_far_past_end": (0, 0, f"out of bounds: reads 4 bytes at {NEITHER}"),
-    "writes_through_null": (0, 0, f"out of bounds: writes 4 bytes at {NEITHER}"),
+    "writes_far_past_end": (0, 0, f"out of bounds: writes 4 bytes at {NEITHER}"),
     "writes_one_past_end": (0, 63, "out of bounds: writes 4 bytes at byte 256 of out"),
     "writes_an_input": (0, 0, "write to what is only to be read: writes 4 bytes at byte 0 of in"),
     "reads_past_local_array": (0, 60, "out of bounds: index 4 of an array 'float [4]'"),
