@@ -10,6 +10,7 @@ namespace cuda_host {
 template <typename T>
 T atomic(Atomic operation, T* address, T operand, T expected) {
   access(reinterpret_cast<uintptr_t>(address), sizeof(T), Access::kAtomic);
+  meet_at_atomic(reinterpret_cast<uintptr_t>(address));
   const T before = *address;
   switch (operation) {
     case Atomic::kAdd:

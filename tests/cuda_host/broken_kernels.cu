@@ -222,6 +222,36 @@ __global__ void blocks_write_apart(float* out, const float* in) {
   out[blockIdx.x * blockDim.x + threadIdx.x] = in[threadIdx.x];
 }
 
+enum class Order { kFull, kNoFence, kNoBarrier };
+
+// Blocks of 16 threads write their part of `out` each, of which the last element counts the blocks that are done; the
+// last of them adds it all up into out[0]. On zeros.
+template <Order kOrder>
+__device__ void last_block_sums(float* out) {
+  __shared__ bool last;
+  out[blockIdx.x * blockDim.x + threadIdx.x] = 1.f;
+  if (kOrder != Order::kNoBarrier) __syncthreads();
+  if (threadIdx.x == 15) {
+    if (kOrder != Order::kNoFence) __threadfence();
+    last = atomicAdd(reinterpret_cast<unsigned*>(out) + kProbeFloats - 1, 1) == gridDim.x - 1;
+    if (kOrder != Order::kNoFence) __threadfence();
+  }
+  __syncthreads();
+  if (!last || threadIdx.x > 0) return;
+  float sum = 0.f;
+  for (unsigned i = 0; i < gridDim.x * blockDim.x; ++i) sum += out[i];
+  out[0] = sum;
+}
+__global__ void last_block_sums_up(float* out, const float*) { last_block_sums<Order::kFull>(out); }
+__global__ void last_block_without_fence_race(float* out, const float*) { last_block_sums<Order::kNoFence>(out); }
+__global__ void last_block_without_barrier_race(float* out, const float*) { last_block_sums<Order::kNoBarrier>(out); }
+
+// On zeros.
+__global__ void write_races_with_reading_block(float* out, const float*) {
+  if (blockIdx.x == 0) out[threadIdx.x] += out[40];
+  if (blockIdx.x == 1 && threadIdx.x == 3) out[40] = 1.f;
+}
+
 template <bool kOrdered>
 __device__ void counts(float* out) {
   unsigned* counter = reinterpret_cast<unsigned*>(shared_floats());
@@ -263,6 +293,7 @@ __global__ void uninitialised_in_second_block(float* out, const float*) {
   __syncthreads();
   if (shared[threadIdx.x] > 0.f && blockIdx.x == 0) out[threadIdx.x] = 1.f;
 }
+__global__ void zeros(float* out, const float*) { out[threadIdx.x] = 0.f; }
 __global__ void uninitialised_output(float* out, const float*) { out[threadIdx.x] += 1.f; }
 __global__ void initialised_shared(float* out, const float*) {
   __shared__ float shared[64];
@@ -322,6 +353,11 @@ const Probe kProbes[] = {
     PROBE(global_race_between_blocks, kTwo, kThreads),
     PROBE(global_read_races_with_other_block, kTwo, dim3(32)),
     PROBE(blocks_write_apart, kTwo, dim3(32)),
+    PROBE(last_block_sums_up, dim3(3), dim3(16)),
+    PROBE(last_block_without_fence_race, dim3(3), dim3(16)),
+    PROBE(last_block_without_barrier_race, dim3(3), dim3(16)),
+    PROBE(write_races_with_reading_block, kTwo, dim3(32)),
+    PROBE(zeros, kOne, kThreads),
     PROBE(atomic_races_with_write, kOne, kThreads),
     PROBE(atomics_in_order, kOne, kThreads),
     PROBE(read_races_with_atomics, kOne, kThreads),

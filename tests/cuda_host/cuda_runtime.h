@@ -13,6 +13,7 @@
 
 #include "atomics.h"
 #include "execution.h"
+#include "fences.h"
 #include "warp.h"
 
 #undef __launch_bounds__
@@ -40,6 +41,8 @@ inline int __syncthreads_or(int predicate) {
 inline int __syncthreads_and(int predicate) {
   return ::cuda_host::meet_block(::cuda_host::BlockMeeting::kAnd, predicate != 0);
 }
+
+inline void __threadfence() { ::cuda_host::fence(); }
 
 template <typename T>
 T __ldg(const T* address) {

@@ -234,7 +234,11 @@ class Block {
     const int all = static_cast<int>(fibres_.size());
     const int results[] = {0, count, count > 0, count == all};
     block_result_ = results[static_cast<int>(kind)];
-    for (Fibre& fibre : fibres_) fibre.state = State::kReady;
+    for (Fibre& fibre : fibres_) {
+      fibre.state = State::kReady;
+      share_acquired(fibre.actor.fences);
+      fibre.actor.fences.acquired.clear();
+    }
     ++present.now;
   }
 
@@ -341,11 +345,13 @@ void run(const Launch& launch) {
   enter_launch(launch);
   launched.insert(launch.kernel);
   block_epochs.clear();
+  forget_published();
   present.launch = present.now + 1;
   for (size_t i = 0; i < volume(launch.grid); ++i) {
     present.block = ++present.now;
     block_epochs.push_back(present.now);
     enter_block();
+    forget_acquired();
     Block block(launch, unflattened(static_cast<uint32_t>(i), launch.grid));
     active = &block;
     block.run();

@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "execution.h"
+#include "fences.h"
 
 namespace cuda_host {
 
@@ -31,6 +32,7 @@ struct Actor {
   uint32_t clock = 1;
   uintptr_t stack;
   std::array<uint32_t, kWarp> known{};
+  Fences fences;
 };
 extern Actor* actor;
 
@@ -52,7 +54,7 @@ struct Stamp {
   // Whether that access comes before whatever the thread that runs does now.
   bool ordered() const {
     if (epoch < present.launch) return true;
-    if (epoch < present.block) return false;
+    if (epoch < present.block) return is_acquired(epoch, thread, clock);
     if (epoch < present.now || thread == actor->thread) return true;
     return warp() == actor->thread / kWarp && clock <= actor->known[thread % kWarp];
   }

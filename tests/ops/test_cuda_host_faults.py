@@ -7,6 +7,7 @@ import re
 
 import pytest
 from cuda_host.probes import Probes
+from torch import Tensor
 
 SHARED = "dynamic shared memory (256 bytes)"
 OUT = "out (256 bytes of global memory)"
@@ -77,6 +78,21 @@ REPORTS = {
         3,
         f"data race: reads 4 bytes at byte 12 of {OUT}, which thread (3, 0, 0) of block (0, 0, 0) writes",
     ),
+    "last_block_without_fence_race": (
+        2,
+        0,
+        f"data race: reads 4 bytes at byte 0 of {OUT}, which thread (0, 0, 0) of block (0, 0, 0) writes",
+    ),
+    "last_block_without_barrier_race": (
+        2,
+        0,
+        f"data race: reads 4 bytes at byte 0 of {OUT}, which thread (0, 0, 0) of block (0, 0, 0) writes",
+    ),
+    "write_races_with_reading_block": (
+        1,
+        3,
+        f"data race: writes 4 bytes at byte 160 of {OUT}, which thread (0, 0, 0) of block (0, 0, 0) reads",
+    ),
     "atomic_races_with_write": (0, 1, "data race: atomically updates 4 bytes at byte 0"),
     "read_races_with_atomics": (
         0,
@@ -95,6 +111,19 @@ REPORTS = {
 }
 
 
+# These run on zeros, the others on what nobody wrote.
+ON_ZEROS = (
+    "last_block_sums_up",
+    "last_block_without_fence_race",
+    "last_block_without_barrier_race",
+    "write_races_with_reading_block",
+)
+
+
+def run(probes: Probes, name: str, descending: bool = False) -> Tensor:
+    return probes.run(name, descending, probes.run("zeros") if name in ON_ZEROS else None)
+
+
 @pytest.fixture
 def probes(library, device) -> Probes:
     return Probes(library, device, "broken")
@@ -106,23 +135,27 @@ def test_fault_is_reported(probes, name):
     where = f"kernel {name}, block ({block}, 0, 0), thread {thread if isinstance(thread, tuple) else (thread, 0, 0)}: "
     pattern = re.escape(where + fault).replace("NUMBER", r"\d+")
     with pytest.raises(RuntimeError, match=pattern):
-        probes.run(name)
+        run(probes, name)
 
 
 @pytest.mark.parametrize("name", [name for name in REPORTS if "race" in name])
 def test_race_is_reported_in_any_order_of_threads(probes, name):
     with pytest.raises(RuntimeError, match=f"kernel {name}, .*data race"):
-        probes.run(name, descending=True)
+        run(probes, name, descending=True)
 
 
 def test_sound_kernels_pass(probes):
     sound = [name for name in probes.names if name not in REPORTS]
     assert len(sound) >= 10
     for name, descending in itertools.product(sound, (False, True)):
-        assert probes.run(name, descending).isfinite().all(), name
+        assert run(probes, name, descending).isfinite().all(), name
 
 
 def test_kernels_run_on_after_a_fault(probes):
     with pytest.raises(RuntimeError, match="shared_race"):
         probes.run("shared_race")
     assert probes.run("shared_without_race").tolist() == [float((i + 32) % 64) for i in range(64)]
+
+
+def test_last_block_sees_what_all_wrote(probes):
+    assert run(probes, "last_block_sums_up")[0] == 48
