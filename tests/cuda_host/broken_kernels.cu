@@ -93,6 +93,20 @@ __global__ void static_shared_far_past_end(float* out, const float*) {
   out[threadIdx.x] = 1.f;
 }
 
+// Two arrays, of which the lower one is walked past its end, towards the other.
+template <int kBeyond>
+__device__ void walks_static(float* out) {
+  __shared__ float first[64];
+  __shared__ float second[64];
+  first[threadIdx.x] = 1.f;
+  second[threadIdx.x] = 1.f;
+  __syncthreads();
+  const float* volatile lower = &first[0] < &second[0] ? first : second;
+  out[threadIdx.x] = lower[threadIdx.x + kBeyond];
+}
+__global__ void static_shared_into_neighbour(float* out, const float*) { walks_static<32>(out); }
+__global__ void static_shared_beside_neighbour(float* out, const float*) { walks_static<0>(out); }
+
 __device__ void copy_from(float* out, const float* in, int64_t beyond) {
   out[threadIdx.x] = in[static_cast<int64_t>(threadIdx.x) + beyond];
 }
@@ -328,6 +342,8 @@ const Probe kProbes[] = {
     PROBE(static_shared_past_row, kOne, kThreads),
     PROBE(static_shared_far_past_end, kOne, kThreads),
     PROBE(static_shared_to_the_end, kOne, kThreads),
+    PROBE(static_shared_into_neighbour, kOne, kThreads),
+    PROBE(static_shared_beside_neighbour, kOne, kThreads),
     PROBE(reads_one_past_end, kOne, kThreads),
     PROBE(reads_one_before, kOne, kThreads),
     PROBE(reads_far_past_end, kOne, kThreads),

@@ -21,7 +21,12 @@
 // The library's thread-local storage is the static shared memory of the block that runs (see memory.h). Dynamic
 // shared memory comes from pyext::cuda::dynamic_shared().
 #undef __shared__
-#define __shared__ static thread_local
+#define __shared__ CUDA_HOST_SHARED(__COUNTER__)
+#define CUDA_HOST_SHARED(number) CUDA_HOST_SHARED_AFTER(number)
+// The gap, which library.py finds by its name, is out of bounds: it parts neighbouring arrays.
+#define CUDA_HOST_SHARED_AFTER(number)                                                             \
+  static thread_local __attribute__((used, aligned(16))) unsigned char cuda_host_gap_##number[64]; \
+  static thread_local
 
 using std::max;
 using std::min;

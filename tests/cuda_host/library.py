@@ -94,14 +94,16 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self.functions = ctypes.CDLL(str(path))
-        self._names = self._symbols(path)
         self.verified: set[str] = set()
+        rows = [line.split() for line in _command("nm", "--defined-only", path).splitlines()]
+        self._names = self._functions([(int(row[0], 16), row[2]) for row in rows if row[1] in "tTwW"])
+        for row in rows:
+            if "cuda_host_gap_" in row[2]:
+                self.functions.add_static_gap(ctypes.c_size_t(int(row[0], 16)), ctypes.c_size_t(64))
 
     @staticmethod
-    def _symbols(path: Path) -> dict[int, str]:
+    def _functions(code: list[tuple[int, str]]) -> dict[int, str]:
         """Functions by where they lie in the library; names with template arguments, without parameters."""
-        rows = [line.split() for line in _command("nm", "--defined-only", path).splitlines()]
-        code = [(int(row[0], 16), row[2]) for row in rows if row[1] in "tTwW"]
         names = _demangled([name for _, name in code])
         readable = (re.sub(r"^void |\(anonymous namespace\)::", "", name) for name in names)
         return {address: name for (address, _), name in zip(code, readable, strict=True)}

@@ -28,6 +28,7 @@ struct Region {
   size_t valid;  // of shared memory: bytes from the beginning that the block has
   Line* lines;
   bool shared;
+  std::vector<uint16_t> gaps;  // by line: bits of bytes that are out of bounds, for the first lines
 
   bool holds(uintptr_t address) const { return address - begin < capacity; }
 
@@ -39,14 +40,15 @@ struct Region {
       line = Line();
       line.generation = present.block;
       line.valid = static_cast<uint16_t>((1u << here) - 1);
+      if (index < gaps.size()) line.valid &= static_cast<uint16_t>(~gaps[index]);
     }
     return line;
   }
 };
 
 Region region_of(unsigned char* begin, size_t bytes, bool shared) {
-  return {reinterpret_cast<uintptr_t>(begin), bytes, shared ? bytes : 0, reserve<Line>(bytes / Line::kBytes + 1),
-          shared};
+  return {reinterpret_cast<uintptr_t>(begin),      bytes,  shared ? bytes : 0,
+          reserve<Line>(bytes / Line::kBytes + 1), shared, {}};
 }
 
 Region& dynamic_region() {
@@ -238,6 +240,14 @@ void device_expose(void* address, const unsigned char* mask, size_t bytes, int w
     line.valid |= bit;
     line.written = static_cast<uint16_t>(written ? line.written | bit : line.written & ~bit);
     line.frozen = static_cast<uint16_t>(frozen ? line.frozen | bit : line.frozen & ~bit);
+  }
+}
+
+void add_static_gap(size_t offset, size_t bytes) {
+  Region& region = static_region();
+  region.gaps.resize(region.capacity / Line::kBytes + 1);
+  for (size_t i = offset; i < offset + bytes; ++i) {
+    region.gaps[i / Line::kBytes] |= static_cast<uint16_t>(1u << i % Line::kBytes);
   }
 }
 

@@ -37,6 +37,9 @@ void* device_allocate(const char* name, size_t bytes);
 // Makes the bytes at `address` valid for which `mask` is not 0, and says whether kernels may read and write them.
 void device_expose(void* address, const unsigned char* mask, size_t bytes, int written, int frozen);
 
+// Bytes of static shared memory from `offset` on are out of bounds.
+void add_static_gap(size_t offset, size_t bytes);
+
 // Takes back all global memory.
 void device_reset();
 }

@@ -37,6 +37,7 @@ REPORTS = {
     "shared_far_past_end": (0, 0, f"out of bounds: writes 4 bytes at {NEITHER}"),
     "static_shared_past_row": (0, 31, "out of bounds: index 32 of an array 'float [32]'"),
     "static_shared_far_past_end": (0, 0, f"out of bounds: writes 4 bytes at {NEITHER}"),
+    "static_shared_into_neighbour": (0, 32, "out of bounds: reads 4 bytes at byte NUMBER of static shared memory"),
     "reads_one_past_end": (0, 63, "out of bounds: reads 4 bytes at byte 256 of in (256 bytes of global memory"),
     "reads_one_before": (0, 0, "out of bounds: reads 4 bytes at byte"),
     "reads_far_past_end": (0, 0, f"out of bounds: reads 4 bytes at {NEITHER}"),
