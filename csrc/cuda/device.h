@@ -41,12 +41,12 @@ struct alignas(V * sizeof(T)) Pack {
 
 template <int V, typename T>
 __device__ __forceinline__ Pack<T, V> load_pack(const T* address) {
-  return *vector_at<const Pack<T, V>>(address);
+  return *reinterpret_cast<const Pack<T, V>*>(address);
 }
 
 template <int V, typename T>
 __device__ __forceinline__ void store_pack(T* address, const Pack<T, V>& pack) {
-  *vector_at<Pack<T, V>>(address) = pack;
+  *reinterpret_cast<Pack<T, V>*>(address) = pack;
 }
 
 __device__ __forceinline__ float warp_sum(float x) {

@@ -29,12 +29,6 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
   return bytes;
 }
 
-// `address` seen as a vector, which needs the vector's alignment.
-template <typename Vector, typename T>
-__device__ __forceinline__ Vector* vector_at(T* address) {
-  return reinterpret_cast<Vector*>(address);
-}
-
 template <typename T>
 struct Identity {
   using type = T;
@@ -42,7 +36,7 @@ struct Identity {
 
 // Starts `kernel`; `name` is what an error message calls it. An empty grid is no launch.
 template <typename... Parameters>
-void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared,
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_t shared,
             cudaStream_t stream, typename Identity<Parameters>::type... arguments) {
   constexpr size_t kSharedWithoutOptIn = 48 * 1024;
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;

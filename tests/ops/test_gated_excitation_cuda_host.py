@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import os
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from cuda_host.device import Device
+from cuda_host.library import Library
 from torch import Tensor
 
 from pyext.ops.gated_excitation import PARAMETERS, RUNNING, parameter_shapes, reference
 
-ROOT = Path(__file__).resolve().parents[2]
 DTYPES = [
     pytest.param(torch.float32, torch.float32, id="float32"),
     pytest.param(torch.bfloat16, torch.bfloat16, id="bfloat16"),
@@ -77,39 +74,8 @@ def image_tensor(x: Tensor) -> ImageTensor:
     return ImageTensor(x.data_ptr(), (ctypes.c_int64 * 4)(*x.stride()))
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The kernels compiled by the host compiler, loaded."""
-    target = tmp_path_factory.mktemp("cuda_host") / "gated_excitation.so"
-    compiler = os.environ.get("CXX") or shutil.which("g++") or "c++"
-    sources = [ROOT / "tests/cuda_host/gated_excitation_entry.cpp", "-x", "c++"]
-    sources += sorted((ROOT / "csrc/cuda").glob("gated_excitation*.cu"))
-    # _FORTIFY_SOURCE, which some compilers set by themselves, takes a fibre's switch of stacks for a mistake.
-    flags = ["-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    flags += ["-shared", "-fPIC"]
-    include = ["-I", ROOT / "tests/cuda_host", "-I", ROOT / "csrc"]
-    done = subprocess.run([compiler, *flags, *include, "-o", target, *sources], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    loaded = ctypes.CDLL(str(target))
-    for name in ("forward_workspace_bytes", "forward", "backward_workspace_bytes", "backward", "run_probe"):
-        getattr(loaded, name).restype = ctypes.c_char_p
-    return loaded
-
-
-def run(function, *arguments) -> None:
-    message = function(*arguments)
-    if message is not None:
-        raise RuntimeError(message.decode())
-
-
 def nan(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.full(shape, float("nan"), dtype=dtype)
-
-
-def workspace(measure, *arguments) -> Tensor:
-    size = ctypes.c_size_t()
-    run(measure, *arguments, ctypes.byref(size))
-    return nan(size.value // 4 + 4)
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
@@ -161,14 +127,16 @@ class Case:
                 drawn = normal(*size, scale=0.3)
                 self.running.append((drawn.abs() + 0.5 if name.endswith("var") else drawn).to(parameter_dtype))
 
-    def inputs(self) -> Inputs:
+    def inputs(self, device: Device) -> Inputs:
+        parameters = [device.copy(name, p).data_ptr() for name, p in zip(PARAMETERS, self.parameters, strict=True)]
+        running = [device.copy(name, r).data_ptr() for name, r in zip(RUNNING, self.running, strict=False)]
         return Inputs(
             DTYPE_CODES[self.u.dtype],
             DTYPE_CODES[self.parameters[0].dtype],
             (ctypes.c_int64 * 6)(*self.sizes),
-            image_tensor(self.u),
-            (ctypes.c_void_p * len(PARAMETERS))(*[p.data_ptr() for p in self.parameters]),
-            (ctypes.c_void_p * len(RUNNING))(*[r.data_ptr() for r in self.running]),
+            image_tensor(device.copy("u", self.u)),
+            (ctypes.c_void_p * len(PARAMETERS))(*parameters),
+            (ctypes.c_void_p * len(RUNNING))(*running),
             self.training,
             self.eps,
         )
@@ -235,14 +203,18 @@ def layers(gradients: list[Tensor]) -> dict[str, Tensor]:
 
 
 class Kernels:
-    """The library's launchers on torch tensors."""
+    """The library's launchers on torch tensors, which they get copies of in the shim's global memory."""
 
     def __init__(
-        self, library: ctypes.CDLL, shared_memory: int = FULL_SHARED_MEMORY, descending_threads: bool = False
+        self,
+        library: Library,
+        device: Device,
+        shared_memory: int = FULL_SHARED_MEMORY,
+        descending_threads: bool = False,
     ) -> None:
-        self.library = library
-        library.set_shared_memory_limit(ctypes.c_size_t(shared_memory))
-        library.set_descending_threads(int(descending_threads))
+        self.library, self.device = library, device
+        library.functions.set_shared_memory_limit(ctypes.c_size_t(shared_memory))
+        library.functions.set_descending_threads(int(descending_threads))
 
     def forward(self, case: Case, save: bool, out: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         n, c, h, w, forget, attention = case.sizes
@@ -254,36 +226,43 @@ class Kernels:
             "hidden_statistics": (2, forget + attention),
         }
         wanted = [name for name in SAVED if (case.training if "statistics" in name else save)]
-        saved = {name: nan(*shapes[name]) for name in wanted}
-        out = torch.full_like(case.u, float("nan")) if out is None else out
-        inputs = case.inputs()
-        space = workspace(self.library.forward_workspace_bytes, ctypes.byref(inputs), int(save))
-        run(
-            self.library.forward,
+        saved = {name: self.device.empty(name, *shapes[name]) for name in wanted}
+        result = self.device.empty_like("out", case.u if out is None else out)
+        inputs = case.inputs(self.device)
+        self.library.call(
+            "gated_excitation_forward",
             ctypes.byref(inputs),
             int(save),
-            ctypes.byref(image_tensor(out)),
+            ctypes.byref(image_tensor(result)),
             ctypes.byref(self.pointers(saved)),
-            ctypes.c_void_p(space.data_ptr()),
+            ctypes.c_void_p(self.workspace("forward", inputs, int(save)).data_ptr()),
         )
-        return out, saved
+        return result, {name: self.device.freeze(tensor) for name, tensor in saved.items()}
 
     def backward(self, case: Case, saved: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
-        grad_u = torch.full_like(case.u, float("nan"))
-        flat = nan(sum(p.numel() for p in case.parameters))
-        inputs = case.inputs()
-        space = workspace(self.library.backward_workspace_bytes, ctypes.byref(inputs))
-        run(
-            self.library.backward,
+        grad_u = self.device.empty_like("grad_u", case.u)
+        flat = self.device.empty("grad_parameters", sum(p.numel() for p in case.parameters))
+        inputs = case.inputs(self.device)
+        self.library.call(
+            "gated_excitation_backward",
             ctypes.byref(inputs),
-            ctypes.byref(image_tensor(case.grad_out)),
+            ctypes.byref(image_tensor(self.device.copy("grad_out", case.grad_out))),
             ctypes.byref(self.pointers(saved)),
             ctypes.byref(image_tensor(grad_u)),
             ctypes.c_void_p(flat.data_ptr()),
-            ctypes.c_void_p(space.data_ptr()),
+            ctypes.c_void_p(self.workspace("backward", inputs).data_ptr()),
         )
         parts = flat.split([p.numel() for p in case.parameters])
         return grad_u, [x.view_as(p) for x, p in zip(parts, case.parameters, strict=True)]
+
+    def workspace_bytes(self, which: str, inputs: Inputs, *arguments: int) -> int:
+        size = ctypes.c_size_t()
+        function = f"gated_excitation_{which}_workspace_bytes"
+        self.library.call(function, ctypes.byref(inputs), *arguments, ctypes.byref(size))
+        return size.value
+
+    def workspace(self, which: str, inputs: Inputs, *arguments: int) -> Tensor:
+        return self.device.empty("workspace", self.workspace_bytes(which, inputs, *arguments), dtype=torch.uint8)
 
     @staticmethod
     def pointers(saved: dict[str, Tensor]) -> Saved:
@@ -310,26 +289,45 @@ MIRRORS = [(), (0, 2), (0, 3), (2, 3)]
 
 
 def check_forward(kernels: Kernels, case: Case, save: bool) -> None:
+    kernels.library.forget_launches()
     out, saved = kernels.forward(case, save)
-    assert_accurate({"out": out}, [case.reference(None, m) for m in MIRRORS], case.reference(torch.float64))
-    plain = [case.saved_reference(torch.float32, m) for m in MIRRORS]
-    assert_accurate(saved, plain, case.saved_reference(torch.float64))
+    truth, saved_truth = case.reference(torch.float64), case.saved_reference(torch.float64)
+    assert_accurate({"out": out}, [case.reference(None, m) for m in MIRRORS], truth)
+    assert_accurate(saved, [case.saved_reference(torch.float32, m) for m in MIRRORS], saved_truth)
+    kernels.library.verify_launches([truth["out"], *saved_truth.values()])
 
 
 def check_backward(kernels: Kernels, case: Case) -> None:
     saved = kernels.forward(case, save=True)[1]
+    kernels.library.forget_launches()
     grad_u, gradients = kernels.backward(case, saved)
     truth = case.reference(torch.float64)
     assert_accurate({"grad_u": grad_u}, [case.reference(None, m) for m in MIRRORS], truth)
     assert_accurate(layers(gradients), [case.reference(torch.float32, m) for m in MIRRORS], truth)
+    kernels.library.verify_launches(truth.values())
+
+
+def run_covering_checks(library: Library, device: Device) -> None:
+    """Runs every instance of every kernel; test_kernel_coverage.py finds this function by its name."""
+    shapes = [(5, 8, 12, 22), (5, 5, 23, 19)]  # with and without vectors
+    shared_memory = [FULL_SHARED_MEMORY, 4_000]  # with the image in shared memory and without
+    layouts = ["contiguous", "channels_last"]
+    for shape, dtypes, training, layout, limit in itertools.product(
+        shapes, DTYPES, (False, True), layouts, shared_memory
+    ):
+        kernels = Kernels(library, device, limit)
+        case = Case(shape, 3, 5, *dtypes.values, training, layout, seed=6)
+        check_forward(kernels, case, save=False)
+        check_backward(kernels, case)
+        device.reset()
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 @pytest.mark.parametrize(("dtype", "parameter_dtype"), DTYPES)
 @pytest.mark.parametrize(("shape", "forget", "attention"), SHAPES)
-def test_forward_and_backward(library, shape, forget, attention, dtype, parameter_dtype, training):
+def test_forward_and_backward(library, device, shape, forget, attention, dtype, parameter_dtype, training):
     case = Case(shape, forget, attention, dtype, parameter_dtype, training)
-    kernels = Kernels(library)
+    kernels = Kernels(library, device)
     check_forward(kernels, case, save=False)
     check_forward(kernels, case, save=True)
     check_backward(kernels, case)
@@ -339,9 +337,9 @@ def test_forward_and_backward(library, shape, forget, attention, dtype, paramete
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(5, 8, 4, 6), (5, 5, 7, 3)], ids=["vectors", "odd"])
-def test_layouts(library, shape, dtype, layout, training):
+def test_layouts(library, device, shape, dtype, layout, training):
     case = Case(shape, 3, 5, dtype, dtype, training, layout, seed=1)
-    kernels = Kernels(library)
+    kernels = Kernels(library, device)
     check_forward(kernels, case, save=False)
     check_backward(kernels, case)
 
@@ -351,40 +349,32 @@ def test_layouts(library, shape, dtype, layout, training):
 @pytest.mark.parametrize("shared_memory", [18_000, 15_000, 7_000], ids=["image", "maps", "neither"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_less_shared_memory(library, layout, training, shared_memory):
+def test_less_shared_memory(library, device, layout, training, shared_memory):
     case = Case((5, 12, 19, 17), 6, 12, torch.float32, torch.float32, training, layout, seed=2)
-    kernels = Kernels(library, shared_memory)
+    kernels = Kernels(library, device, shared_memory)
     check_forward(kernels, case, save=False)
     check_backward(kernels, case)
 
 
 @pytest.mark.parametrize(("shared_memory", "maps_are_global"), [(18_000, True), (15_000, False), (7_000, True)])
-def test_maps_are_in_the_workspace_where_shared_memory_is_full(library, shared_memory, maps_are_global):
-    inputs = Case((5, 12, 19, 17), 6, 12, torch.float32, torch.float32, False, seed=2).inputs()
-    for measure, more in ((library.forward_workspace_bytes, (0,)), (library.backward_workspace_bytes, ())):
+def test_maps_are_in_the_workspace_where_shared_memory_is_full(library, device, shared_memory, maps_are_global):
+    inputs = Case((5, 12, 19, 17), 6, 12, torch.float32, torch.float32, False, seed=2).inputs(device)
+    for which, more in (("forward", (0,)), ("backward", ())):
         sizes = []
         for limit in (FULL_SHARED_MEMORY, shared_memory):
-            Kernels(library, limit)
-            sizes.append(workspace(measure, ctypes.byref(inputs), *more).numel())
+            sizes.append(Kernels(library, device, limit).workspace_bytes(which, inputs, *more))
         assert (sizes[1] > sizes[0]) == maps_are_global
 
 
+# What lies between the elements of a slice is out of bounds: writing there is an error.
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 @pytest.mark.parametrize("layout", LAYOUTS[2:])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
-def test_output_into_a_slice(library, dtype, layout, training):
+def test_output_into_a_slice(library, device, dtype, layout, training):
     case = Case((2, 8, 5, 8), 4, 8, dtype, dtype, training, seed=3)
-    kernels = Kernels(library)
+    kernels = Kernels(library, device)
     out = laid_out(torch.zeros_like(case.u), layout)
     assert torch.equal(kernels.forward(case, save=False, out=out)[0], kernels.forward(case, save=False)[0])
-
-
-def test_nothing_is_written_beside_a_slice(library):
-    case = Case((2, 8, 5, 8), 4, 8, torch.float32, torch.float32, False, seed=3)
-    wide = torch.zeros(2, 13, 5, 8)
-    Kernels(library).forward(case, save=False, out=wide[:, 3:11])
-    assert not wide[:, :3].any()
-    assert not wide[:, 11:].any()
 
 
 # A missing barrier shows when the threads of a block take their turns in another order.
@@ -395,11 +385,11 @@ def test_nothing_is_written_beside_a_slice(library):
     [((3, 6, 8, 8), "contiguous"), ((2, 12, 19, 31), "channels_last"), ((2, 70, 3, 5), "contiguous")],
     ids=["groups", "stretches", "tables"],
 )
-def test_results_are_the_same_bits_in_any_order_of_threads(library, shape, layout, training, shared_memory):
+def test_results_are_the_same_bits_in_any_order_of_threads(library, device, shape, layout, training, shared_memory):
     case = Case(shape, 3, 6, torch.float32, torch.float32, training, layout, seed=4)
     results = []
     for descending_threads in (False, True):
-        kernels = Kernels(library, shared_memory, descending_threads)
+        kernels = Kernels(library, device, shared_memory, descending_threads)
         fused = kernels.forward(case, save=False)[0]
         out, saved = kernels.forward(case, save=True)
         grad_u, gradients = kernels.backward(case, saved)
@@ -408,80 +398,33 @@ def test_results_are_the_same_bits_in_any_order_of_threads(library, shape, layou
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
-def test_empty_batch(library, training):
+def test_empty_batch(library, device, training):
     case = Case((0, 6, 4, 4), 3, 6, torch.float32, torch.float32, training)
-    kernels = Kernels(library)
+    kernels = Kernels(library, device)
     out, saved = kernels.forward(case, save=True)
     assert out.shape == (0, 6, 4, 4)
     assert all(not value.any() for value in saved.values())
     assert all(not gradient.any() for gradient in kernels.backward(case, saved)[1])
 
 
-def test_nan_reaches_the_image_it_is_in_and_no_other(library):
+def test_nan_reaches_the_image_it_is_in_and_no_other(library, device):
     case = Case((2, 4, 5, 5), 2, 4, torch.float32, torch.float32, False)
     case.u[1, 2, 3, 1] = float("nan")
     plain, plain_saved = reference(case.u, case.parameters, case.running), case.saved_reference(torch.float32)
     for save in (False, True):
-        out, saved = Kernels(library).forward(case, save)
+        out, saved = Kernels(library, device).forward(case, save)
         assert out[1].isnan().all()
         assert torch.equal(out.isnan(), plain.isnan())
         assert all(torch.equal(value.isnan(), plain_saved[name].isnan()) for name, value in saved.items())
 
 
-def test_statistics_of_a_large_mean(library):
+def test_statistics_of_a_large_mean(library, device):
     case = Case((4, 3, 16, 16), 2, 3, torch.float32, torch.float32, True, seed=5)
     case.u += 1000.0
-    check_forward(Kernels(library), case, save=True)
+    check_forward(Kernels(library, device), case, save=True)
 
 
-def test_too_many_channels_is_an_error(library):
+def test_too_many_channels_is_an_error(library, device):
     case = Case((1, 40, 2, 2), 2, 2, torch.float32, torch.float32, False)
     with pytest.raises(RuntimeError, match="too many channels for the shared memory"):
-        Kernels(library, 2048).forward(case, save=False)
-
-
-def test_conversions(library):
-    halves = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.float16).float()
-    drawn = torch.randn(4096, generator=torch.Generator().manual_seed(6)) * torch.logspace(-9, 5, 4096)
-    ties = torch.tensor([0.0, -0.0, 65519.0, 65520.0, 2.0**-25, 2.0**-24 * 1.5, 1 + 2.0**-11, 1 + 3 * 2.0**-11])
-    values = torch.cat([halves, drawn, ties])
-    half, bfloat = (torch.empty(len(values), dtype=torch.int16) for _ in range(2))
-    wide = [torch.empty_like(values) for _ in range(2)]
-    pointers = [ctypes.c_void_p(x.data_ptr()) for x in (values, half, bfloat, *wide)]
-    library.convert(*pointers, ctypes.c_int64(len(values)))
-    for bits, result, dtype in ((half, wide[0], torch.float16), (bfloat, wide[1], torch.bfloat16)):
-        torch.testing.assert_close(bits.view(dtype), values.to(dtype), rtol=0, atol=0, equal_nan=True)
-        torch.testing.assert_close(result, values.to(dtype).float(), rtol=0, atol=0, equal_nan=True)
-
-
-PROBES = [
-    (0, r"kernel returns_early, block \(0, 0, 0\), thread 33: has returned, but other threads wait"),
-    (1, r"kernel shuffles_alone, block \(0, 0, 0\), thread 0: waits at a shuffle"),
-    (4, r"kernel misaligns, block \(0, 0, 0\), thread 40: a vector access to an address that is not aligned"),
-]
-
-
-@pytest.mark.parametrize(("probe", "message"), PROBES)
-def test_shim_reports_what_would_fail(library, probe, message):
-    out = torch.zeros(64)
-    library.set_descending_threads(0)
-    with pytest.raises(RuntimeError, match=message):
-        run(library.run_probe, probe, ctypes.c_void_p(out.data_ptr()))
-
-
-def test_shim_shows_a_race(library):
-    results = []
-    for descending in (0, 1):
-        library.set_descending_threads(descending)
-        results.append(torch.zeros(128))
-        run(library.run_probe, 3, ctypes.c_void_p(results[-1].data_ptr()))
-    assert not torch.equal(*results)
-
-
-def test_shim_shuffles(library):
-    out = torch.zeros(64)
-    library.set_descending_threads(0)
-    run(library.run_probe, 2, ctypes.c_void_p(out.data_ptr()))
-    thread = torch.arange(64)
-    down = torch.where(thread % 32 + 3 < 32, thread + 3, thread)
-    assert torch.equal(out, (down + 1000 * (thread ^ 5)).float())
+        Kernels(library, device, 2048).forward(case, save=False)

@@ -138,6 +138,14 @@ def test_backward_of_an_expanded_gradient_and_a_cropped_map():
     check_backward(larger[:, :, 1:5, 2:8], parameters, running, False, torch.tensor(0.7).expand(2, 3, 4, 6))
 
 
+def run_covering_checks(dtype: torch.dtype) -> None:
+    """Runs every kernel on inputs of `dtype`; test_kernel_coverage.py finds this function by its name."""
+    u, parameters, running = inputs(SMALL, dtype, layout="channels_last", seed=14)
+    check_forward(u, parameters, running, False, False)
+    for training in (False, True):
+        check_backward(u, parameters, running, training, torch.randn(u.shape).to(dtype))
+
+
 def test_forward_of_a_transposed_map():
     u, parameters, running = inputs((2, 3, 6, 4, 2, 2), seed=8)
     check_forward(u.transpose(2, 3), parameters, running, False, False)

@@ -4,9 +4,9 @@
 #include <cuda_runtime.h>
 
 #include <cstddef>
-#include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 namespace pyext::cuda {
 
@@ -18,15 +18,7 @@ inline size_t& shared_memory_limit_setting() {
 
 inline size_t shared_memory_limit() { return shared_memory_limit_setting(); }
 
-inline unsigned char* dynamic_shared() { return cuda_host::Block::active()->shared(); }
-
-template <typename Vector, typename T>
-Vector* vector_at(T* address) {
-  if (reinterpret_cast<uintptr_t>(address) % alignof(Vector) != 0) {
-    cuda_host::Block::active()->fail("a vector access to an address that is not aligned for it");
-  }
-  return reinterpret_cast<Vector*>(address);
-}
+inline unsigned char* dynamic_shared() { return cuda_host::current_shared(); }
 
 template <typename T>
 struct Identity {
@@ -34,11 +26,20 @@ struct Identity {
 };
 
 template <typename... Parameters>
-void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared, cudaStream_t,
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_t shared, cudaStream_t,
             typename Identity<Parameters>::type... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   if (shared > shared_memory_limit()) throw std::runtime_error(std::string(name) + ": too much shared memory");
-  cuda_host::run({name, grid, dim3(threads), [=] { kernel(arguments...); }}, shared);
+  struct Call {
+    void (*kernel)(Parameters...);
+    std::tuple<Parameters...> arguments;
+  };
+  const Call call{kernel, {arguments...}};
+  const auto body = [](const void* parameters) {
+    const Call& c = *static_cast<const Call*>(parameters);
+    std::apply(c.kernel, c.arguments);
+  };
+  cuda_host::run({name, reinterpret_cast<const void*>(kernel), grid, threads, shared, body, &call, sizeof(call)});
 }
 
 }  // namespace pyext::cuda

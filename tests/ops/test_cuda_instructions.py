@@ -1,0 +1,43 @@
+"""Instructions that the CUDA host shim replaces: its version against float64, the real one through nvcc."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_compile import find_nvcc
+from cuda_host.library import HERE, ROOT
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_matrix_product(library, device, dtype):
+    a, b, d = torch.randn(16, 16).to(dtype), torch.randn(16, 8).to(dtype), torch.randn(16, 8)
+    truth = a.double() @ b.double() + d.double()
+    result = device.copy("d", d, writable=True)
+    operands = (device.copy("a", a), device.copy("b", b), result)
+    library.call(f"multiply_{str(dtype).removeprefix('torch.')}", *(ctypes.c_void_p(x.data_ptr()) for x in operands))
+    # Rounded once: half a unit in the last place of float32.
+    assert (result.double() - truth).abs().max() <= torch.finfo(torch.float32).eps / 2 * truth.abs().max()
+
+
+def ptx(nvcc: str, source: str, architecture: str, folder: Path) -> str:
+    target = folder / "kernels.ptx"
+    flags = ["-std=c++17", "-O3", "-ptx", f"-arch=sm_{architecture}", "-I", ROOT / "csrc", "-o", target]
+    subprocess.run([nvcc, *flags, HERE / source], check=True)
+    return target.read_text()
+
+
+if (nvcc := find_nvcc()) is not None:
+
+    @pytest.mark.parametrize("architecture", ["80", "90", "100"])
+    def test_compiles_to_mma(tmp_path, architecture):
+        text = ptx(nvcc, "instruction_kernels.cu", architecture, tmp_path)
+        for name in ("bf16", "f16"):
+            assert f"mma.sync.aligned.m16n8k16.row.col.f32.{name}.{name}.f32" in text
+
+    @pytest.mark.parametrize("source", ["broken_kernels.cu", "language_kernels.cu"])
+    def test_kernels_of_the_shims_tests_are_cuda(tmp_path, source):
+        assert ".entry" in ptx(nvcc, source, "80", tmp_path)
