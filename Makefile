@@ -1,5 +1,5 @@
 # Every target sets itself up: a virtual environment per torch version, torch, the package, then the work.
-#   make demo · make test · make bench · make lint · make wheel
+#   make demo · make test · make bench · make resources · make lint · make wheel
 #   make test TORCH=2.13.0       another torch (any from 2.11 on)
 #   make test PYTHON=python3.12  another interpreter (3.10 or newer)
 
@@ -13,7 +13,7 @@ PACKAGE := $(VENV)/package.installed
 SOURCES := setup.py pyproject.toml $(shell find csrc pyext triton_kernels -name '*.py' -o -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 LARGE_BLOCKS := glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=2147483648
 
-.PHONY: demo test bench lint wheel clean
+.PHONY: demo test bench resources lint wheel clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -37,6 +37,10 @@ test: $(PACKAGE)
 
 bench: $(PACKAGE)
 	GLIBC_TUNABLES=$(LARGE_BLOCKS) $(BIN)/python -m bench
+
+# What every CUDA and Triton kernel needs and issues, for all architectures: the report that the tests compare with.
+resources: $(PACKAGE)
+	$(BIN)/python -m bench.resources
 
 $(VENV)/lint.installed: pyproject.toml | $(VENV)/torch.installed
 	$(BIN)/python -m pip install -q "ruff>=0.9" "clang-format>=19" "mypy>=1.14"
