@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from bench import memory, table, test_hcgnet
-from bench.case import Case, Gate
+from bench.case import Case, Gate, WrongOutput
 from bench.machine import TUNABLES, facts, load
 from bench.peers import exact_float32, forget_compiled, missing_engines
 from bench.roofs import Roofs
@@ -99,7 +99,7 @@ class Run:
         began = self.seconds()
         try:
             self.report.rows += measured(case, self.roofs, self.device, self.effort)
-        except (AssertionError, RuntimeError) as error:  # a wrong output, or a device that refuses one case of many
+        except (WrongOutput, RuntimeError) as error:  # RuntimeError: what torch raises where a device refuses a case
             self.report.failures.append(f"{case.name}: {type(error).__name__}: {error}")
         finally:
             forget_compiled()

@@ -8,8 +8,9 @@ usage() {
   cat <<'TEXT'
 usage: bash bench/gpu.sh [--only NAME] [--parts LIST] [--minutes N] [--device cuda|cpu] [--quick] [--dry-run]
   --only NAME    operators and cases whose name contains NAME (for tuning)
-  --parts LIST   some of check,build,tests,bench,memcheck,racecheck (default: all, in this order)
-  --minutes N    for everything (default: 8.6)
+  --parts LIST   some of check,build,tests,launches,bench,memcheck,racecheck (default: all, in this order)
+  --minutes N    for everything (default: 8.6); the benchmarks leave out what no longer fits, so for all of them run
+                 the parts build,bench on their own
   --device cpu   the same parts on the CPU, as far as they go: to try the script
   --quick        few rounds, no long cases
   --dry-run      print what would run, and for how long at most
@@ -18,7 +19,7 @@ cores), PYEXT_CUDA_ARCHITECTURES (default: the GPU's own).
 TEXT
 }
 
-only="" parts="check,build,tests,bench,memcheck,racecheck" minutes="8.6" device="cuda" quick="" dry_run=""
+only="" parts="check,build,tests,launches,bench,memcheck,racecheck" minutes="8.6" device="cuda" quick="" dry_run=""
 while [[ $# -gt 0 ]]; do
   case "$1" in
     --only | --parts | --minutes | --device)
@@ -34,7 +35,7 @@ while [[ $# -gt 0 ]]; do
   shift
 done
 for part in ${parts//,/ }; do
-  [[ ",check,build,tests,bench,memcheck,racecheck," == *",$part,"* ]] ||
+  [[ ",check,build,tests,launches,bench,memcheck,racecheck," == *",$part,"* ]] ||
     { echo "gpu.sh: unknown part $part" >&2; usage >&2; exit 64; }
 done
 [[ "$minutes" =~ ^[0-9]+(\.[0-9]+)?$ ]] || { echo "gpu.sh: --minutes $minutes is no number" >&2; exit 64; }
@@ -63,13 +64,14 @@ limit_of() {
     check) echo 30 ;;
     build) echo 240 ;;
     tests) echo 120 ;;
+    launches) echo 40 ;;
     bench) echo 420 ;;
     memcheck | racecheck) echo 50 ;;
   esac
 }
 kept_after() {
   case "$1" in
-    build | tests | bench) echo 100 ;;
+    build | tests | launches | bench) echo 100 ;;
     memcheck) echo 50 ;;
     *) echo 0 ;;
   esac
@@ -86,13 +88,16 @@ command_of() {
       [[ -n "$only" ]] && command+=(-k "${only%% *}")
       "$python" -c "import xdist" 2>/dev/null && [[ "$device" == cuda ]] && command+=(-n 4)
       ;;
+    launches) command=("$python" -m bench.launches --output "$out" "${filter[@]}") ;;
     bench)
       command=("$python" -m bench --device "$device" --output "$out" "${filter[@]}")
       command+=(--minutes "$(awk -v limit="$limit" 'BEGIN { printf "%.2f", (limit > 30 ? limit - 20 : 10) / 60 }')")
       [[ -n "$quick" ]] && command+=("$quick")
       ;;
     memcheck | racecheck)
-      command=("$(sanitizer || echo compute-sanitizer)" --tool "$part" --error-exitcode 9 --print-limit 20)
+      # Uncached allocations, so that memcheck sees where each ends.
+      command=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$(sanitizer || echo compute-sanitizer)" --tool "$part")
+      command+=(--error-exitcode 9 --print-limit 20)
       [[ "$part" == memcheck ]] && command+=(--report-api-errors no)
       command+=("$python" -m bench.small_calls --device "$device" "${filter[@]}")
       ;;
@@ -110,6 +115,7 @@ sanitizer() {
 # Why a part cannot run here at all; empty when it can.
 absent() {
   case "$1" in
+    launches) [[ "$device" == cuda ]] || echo "kernels are started on a GPU alone" ;;
     memcheck | racecheck) [[ -n "$(sanitizer)" ]] || echo "compute-sanitizer is not installed" ;;
   esac
 }
@@ -129,9 +135,7 @@ run_part() {
   command_of "$part" "$limit"
   echo "== $part, at most $limit s: ${command[*]@Q}"
   [[ -n "$dry_run" ]] && return 0
-  # Uncached allocations, so that memcheck sees where each ends.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=$([[ "$part" == *check ]] && echo 1 || echo 0) \
-    timeout --kill-after=5 "$limit" "${command[@]}" 2>&1 | tee "$work/$part.log" | tail -n 15
+  timeout --kill-after=5 "$limit" "${command[@]}" 2>&1 | tee "$work/$part.log" | tail -n 15
   status=${PIPESTATUS[0]}
   case "$status" in
     0) printf '%s\tpassed\t%d\t\n' "$part" $((SECONDS - began)) ;;
@@ -148,7 +152,7 @@ if [[ -z "$dry_run" ]]; then
   mkdir -p "$out"
   : >"$log"
 fi
-for part in check build tests bench memcheck racecheck; do
+for part in check build tests launches bench memcheck racecheck; do
   if [[ ",$parts," == *",$part,"* ]]; then run_part "$part"; fi
 done
 [[ -n "$dry_run" ]] && exit 0

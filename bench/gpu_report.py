@@ -108,7 +108,7 @@ def summary(parts: list[Part], facts: dict[str, str], folder: Path) -> list[Path
     lines = ["# A run of `bench/gpu.sh`", "", *(f"- {name}: {value}" for name, value in facts.items()), ""]
     lines += ["| part | state | seconds | |", "| --- | --- | ---: | --- |"]
     lines += [f"| {part.name} | {part.state} | {part.seconds} | {part.reason} |" for part in parts]
-    lines += ["", "Times and roofs: the table that is named after the device. What the parts printed: `log.txt`."]
+    lines += ["", "Times and roofs: the table named after the device. Kernels: `launches.md`. All output: `log.txt`."]
     paths[1].write_text("\n".join(lines) + "\n")
     return paths
 

@@ -157,6 +157,8 @@ def _case(setup: Setup) -> Case:
         [Contender(kind, functools.partial(_build, kind, setup), kind.startswith("pyext")) for kind in _kinds(setup)],
         setup.truth,
         functools.partial(work, BATCH, c, height * height, setup.dtype.itemsize),
+        # On a GPU torch.compile takes most of a case's time.
+        needs_seconds=15 if setup.device.type == "cuda" else 0,
         dtype=setup.dtype,
     )
 

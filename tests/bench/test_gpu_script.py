@@ -16,7 +16,7 @@ from bench.gpu_report import Part
 from pyext._backend import OPERATORS
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ["check", "build", "tests", "bench", "memcheck", "racecheck"]
+PARTS = ["check", "build", "tests", "launches", "bench", "memcheck", "racecheck"]
 
 
 def gpu_sh(*options, work, **environment):
@@ -61,11 +61,11 @@ def test_wrong_options_are_named(options, message, tmp_path):
 
 
 def test_what_fails_is_recorded_and_the_next_part_starts(tmp_path):
-    done, folder = gpu_sh("--parts", "check,tests,bench", work=tmp_path)
-    assert states(folder) == {"check": "failed", "tests": "failed", "bench": "failed"}
-    assert done.returncode == 3
+    done, folder = gpu_sh("--parts", "check,tests,launches,bench", work=tmp_path)
+    assert states(folder) == dict.fromkeys(["check", "tests", "launches", "bench"], "failed")
+    assert done.returncode == 4
     log = (folder / "log.txt").read_text()
-    assert log.count("torch finds no CUDA device") == 3
+    assert log.count("torch finds no CUDA device") == 4
     assert "| bench | failed |" in (folder / "gpu.md").read_text()
 
 
