@@ -61,6 +61,11 @@ def test_cases_that_no_longer_fit_are_left_out(run):
     assert started.report.remarks == ["left out for want of time: long"]
 
 
+def test_a_quick_run_leaves_out_long_cases(run):
+    started = run(case("short", needs_seconds=15), case("long", needs_seconds=90), minutes=60.0)
+    assert {row.case for row in started.report.rows} == {"short"}
+
+
 def test_no_case_is_said(run):
     with pytest.raises(SystemExit, match="no case has 'nothing' in its name"):
         run()
