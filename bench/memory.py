@@ -1,4 +1,8 @@
-"""Peak memory of a contender in its own process: `python -m bench.memory CONTENDER DEVICE THREADS` prints bytes."""
+"""Peak memory of a training step.
+
+On the CPU in a process of its own: `python -m bench.memory CONTENDER THREADS` prints bytes. On a GPU torch counts what
+it gives out.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from bench.case import Contender
 from bench.test_hcgnet import memory_case
 
 _STEPS = 3
@@ -15,34 +20,45 @@ _STEPS = 3
 
 def peaks(device: torch.device) -> dict[str, float]:
     """MiB above the start at the peak of a training step, for every contender."""
-    return {
-        contender.name: _in_own_process(contender.name, device) / 2**20 for contender in memory_case(device).contenders
-    }
+    measure = _on_gpu if device.type == "cuda" else _in_own_process
+    return {contender.name: measure(contender) / 2**20 for contender in memory_case(device).contenders}
 
 
-def _in_own_process(contender: str, device: torch.device) -> int:
-    command = [sys.executable, "-m", "bench.memory", contender, str(device), str(torch.get_num_threads())]
+def _on_gpu(contender: Contender) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    start = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    _train(contender)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - start
+
+
+def _in_own_process(contender: Contender) -> int:
+    command = [sys.executable, "-m", "bench.memory", contender.name, str(torch.get_num_threads())]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
-def measure(contender: str, device: torch.device) -> int:
-    """Bytes at the peak of a few training steps above those held before the contender was built."""
-    build = memory_case(device).contender(contender).build
-    start = _peak(device)
-    run = build().run
+def _train(contender: Contender) -> None:
+    run = contender.build().run
     for _ in range(_STEPS):
         run()
-    return _peak(device) - start
 
 
-def _peak(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+def measure(name: str) -> int:
+    """Bytes at the peak of a few training steps on the CPU above those held before the contender was built."""
+    contender = memory_case(torch.device("cpu")).contender(name)
+    start = _peak()
+    _train(contender)
+    return _peak() - start
+
+
+def _peak() -> int:
     # Not getrusage: its figure starts from what the parent process had at its peak.
     status = Path("/proc/self/status").read_text()
     return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(int(sys.argv[3]))
-    print(measure(sys.argv[1], torch.device(sys.argv[2])))
+    torch.set_num_threads(int(sys.argv[2]))
+    print(measure(sys.argv[1]))

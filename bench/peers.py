@@ -54,6 +54,43 @@ def compiled(subject: Subject, training: bool) -> Subject:
     return Subject(torch.compile(subject.call, dynamic=False, options=options), subject.parameters, subject.running)
 
 
+def autocast(subject: Subject, device: torch.device, dtype: torch.dtype) -> Subject:
+    """`subject` under torch.autocast where `dtype` is not float32 (mixed precision as in training recipes)."""
+    if dtype == torch.float32:
+        return subject
+
+    def call(x: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype):
+            return subject.call(x).float()  # the loss is computed in float32, as recipes do
+
+    return Subject(call, subject.parameters, subject.running)
+
+
+def exact_float32() -> None:
+    """Float32 means float32: without TF32, which rounds a GPU's float32 products to 10 bits."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def graphed(runner: Runner) -> Runner:
+    """`runner` captured as a CUDA graph and replayed: the device's time, without that of launching from Python."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # what allocates or tunes on its first calls must not do so while it is captured
+            runner.run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = runner.run()
+
+    def results() -> dict[str, Tensor]:
+        graph.replay()
+        return {"out": out.clone()}
+
+    return Runner(graph.replay, results)
+
+
 def forget_compiled() -> None:
     """Drop what torch.compile holds, so that one case's variants do not burden the next one's look-ups."""
     torch._dynamo.reset()
@@ -89,8 +126,11 @@ def gradient_runner(subject: Subject, u: Tensor, grad_out: Tensor) -> Runner:
     return Runner(run, results)
 
 
-def step_runner(subject: Subject, images: Tensor, labels: Tensor) -> Runner:
-    """One training step: forward, cross-entropy, backward, SGD with the paper's settings at a small learning rate."""
+def step_runner(subject: Subject, images: Tensor, labels: Tensor, gradients: bool = True) -> Runner:
+    """One training step: forward, cross-entropy, backward, SGD with the paper's settings at a small learning rate.
+
+    `gradients`: whether those of the parameters are among the results.
+    """
     optimizer = torch.optim.SGD(subject.parameters, lr=1e-3, momentum=0.9, nesterov=True, weight_decay=1e-4)
 
     def run() -> Tensor:
@@ -105,7 +145,8 @@ def step_runner(subject: Subject, images: Tensor, labels: Tensor) -> Runner:
     def results() -> dict[str, Tensor]:
         restore()
         optimizer.state.clear()
-        return {"loss": run(), **_training_results(subject)}
+        found = {"loss": run(), **_training_results(subject)}
+        return found if gradients else {name: value for name, value in found.items() if name != "grad_parameters"}
 
     return Runner(run, results)
 

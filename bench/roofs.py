@@ -11,7 +11,8 @@ from bench.timer import quiet_median
 
 MEMORY_BYTES = 2**30
 """Bytes moved by the copy that stands for memory speed: beyond any cache."""
-_MATRIX = 1536
+_MATRIX = {"cpu": 1536, "cuda": 8192}
+"""Rows and columns of the product that stands for the matrix rate: enough to fill the device."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,13 @@ class Floors:
 
 
 class Roofs:
-    """Measures a device's copy bandwidth (at any size) and float32 matrix rate, each once."""
+    """Measures a device's copy bandwidth (at any size) and its matrix rate by dtype, each once."""
 
     def __init__(self, device: torch.device, seconds: float = 0.3) -> None:
         self.device = device
         self.seconds = seconds
         self.copy = functools.lru_cache(maxsize=None)(self._copy)
+        self.matrix = functools.lru_cache(maxsize=None)(self._matrix)
 
     def _copy(self, moved: int) -> float:
         """Bytes per second of a copy that reads `moved`/2 bytes and writes as many."""
@@ -54,16 +56,16 @@ class Roofs:
         """Bytes per second of a copy from and to memory."""
         return self.copy(MEMORY_BYTES)
 
-    @functools.cached_property
-    def matrix(self) -> float:
-        """Float32 operations per second of `torch.mm`."""
-        a, b = (torch.ones(_MATRIX, _MATRIX, device=self.device) for _ in range(2))
+    def _matrix(self, dtype: torch.dtype) -> float:
+        """Operations per second of `torch.mm` in `dtype`, on random values: equal ones let a GPU clock higher."""
+        size = _MATRIX[self.device.type]
+        a, b = (torch.randn(size, size, device=self.device).to(dtype) for _ in range(2))
         out = torch.empty_like(a)
-        return 2 * _MATRIX**3 / quiet_median(lambda: torch.mm(a, b, out=out), self.device, self.seconds)
+        return 2 * size**3 / quiet_median(lambda: torch.mm(a, b, out=out), self.device, self.seconds)
 
-    def floors(self, work: Work) -> Floors:
-        """The least times for `work`."""
-        return floors(work, self.copy(work.bytes), self.memory, self.matrix)
+    def floors(self, work: Work, dtype: torch.dtype) -> Floors:
+        """The least times for `work` whose matrix products are in `dtype`."""
+        return floors(work, self.copy(work.bytes), self.memory, self.matrix(dtype))
 
 
 def floors(work: Work, copy: float, memory: float, matrix: float) -> Floors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 import statistics
@@ -42,6 +43,8 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     memory_mib: dict[str, float] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    """Cases that have no rows because an output was wrong or a contender failed, each with the reason."""
 
 
 def rows_of(case: Case, samples: dict[str, list[float]], floors: Floors) -> list[Row]:
@@ -68,12 +71,22 @@ def rows_of(case: Case, samples: dict[str, list[float]], floors: Floors) -> list
 
 
 def write(report: Report, folder: Path, name: str) -> list[Path]:
-    """Write `name`.md, .json and .png into `folder`; returns their paths."""
+    """Write `name`.md, .json and, where matplotlib is installed, .png into `folder`; returns their paths."""
+    if importlib.util.find_spec("matplotlib") is None:
+        report.remarks.append("no plot: matplotlib is not installed")
+        return write_text(report, folder, name)
+    paths = [*write_text(report, folder, name), folder / f"{name}.png"]
+    if report.rows:
+        plot(report, paths[-1])
+    return [path for path in paths if path.exists()]
+
+
+def write_text(report: Report, folder: Path, name: str) -> list[Path]:
+    """Write `name`.md and .json into `folder`; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{name}.{ending}" for ending in ("md", "json", "png")]
+    paths = [folder / f"{name}.{ending}" for ending in ("md", "json")]
     paths[0].write_text(markdown(report))
     paths[1].write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n")
-    plot(report, paths[2])
     return paths
 
 
@@ -98,8 +111,10 @@ contender that is not this library, over this one's. gated_excitation leaves out
 the network, for every contender; torch.compile freezes parameters for inference.
 
 MB and GFLOP: what the work must move and compute at least (formulas beside each case in `bench/`). Floors: those bytes
-at the speed of a copy of the same size and of one from memory, and those operations at the rate of `torch.mm` in
-float32. Share of roof: the higher of the first and the third floor over the time.
+at the speed of a copy of the same size and of one from memory, and those operations at the rate of `torch.mm` in the
+case's dtype. Share of roof: the higher of the first and the third floor over the time. Float32 is float32: TF32 is off.
+On a GPU a time is that of many calls in a row, synchronised once; "graph" replays a CUDA graph, which leaves out the
+time of launching from Python.
 """
 
 
@@ -109,9 +124,11 @@ def markdown(report: Report) -> str:
     lines += [_line(_COLUMNS), _line(["---"] * 2 + ["---:"] * (len(_COLUMNS) - 2))]
     lines += [_line(_cells(row)) for row in report.rows]
     if report.memory_mib:
-        lines += ["", "Peak memory of an A1 training step, batch 64, above the process's start:", ""]
+        lines += ["", "Peak memory of an A1 training step, batch 64, above the start:", ""]
         lines += [_line(("contender", "MiB")), _line(("---", "---:"))]
         lines += [_line((name, f"{value:.0f}")) for name, value in report.memory_mib.items()]
+    if report.failures:
+        lines += ["", "Failed, so without a time:", "", *(f"- {failure}" for failure in report.failures)]
     if report.remarks:
         lines += ["", *(f"- {remark}" for remark in report.remarks)]
     return "\n".join(lines) + "\n"
@@ -149,7 +166,7 @@ def plot(report: Report, path: Path) -> None:
 
     cases = list(dict.fromkeys(row.case for row in report.rows))
     names = list(dict.fromkeys(row.contender for row in report.rows))
-    colours = dict(zip(names, pyplot.get_cmap("tab10").colors, strict=False))
+    colours = dict(zip(names, pyplot.get_cmap("tab20").colors, strict=False))
     figure, axes = pyplot.subplots(figsize=(9, 1 + 0.19 * (len(report.rows) + len(cases))), layout="constrained")
     ticks, y = [], 0.0
     for case in cases:

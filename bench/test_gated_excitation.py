@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from bench.case import Case, Contender, Runner
-from bench.peers import FORMATS, Subject, compiled, from_tests, gradient_runner, inference_runner, module_subject
+from bench.peers import (
+    FORMATS,
+    Subject,
+    compiled,
+    from_tests,
+    gradient_runner,
+    graphed,
+    inference_runner,
+    module_subject,
+)
 from bench.roofs import Work
+from pyext import backend
 from pyext.nn import GatedExcitation
 from pyext.ops.gated_excitation import PARAMETERS, RUNNING, reference
 
@@ -53,13 +63,13 @@ def _matrices(c: int) -> int:
     return 2 * (2 * forget * c + attention * 2 * c + 2 * c * attention)
 
 
-def inference_work(n: int, c: int, positions: int) -> Work:
-    """u read once and the output written once, in float32; the operations above."""
+def inference_work(n: int, c: int, positions: int, element_bytes: int = 4) -> Work:
+    """u read once and the output written once; the operations above."""
     operations = n * (positions * (c * _FORWARD + _SOFTMAX) + _matrices(c))
-    return Work(2 * 4 * n * c * positions, operations)
+    return Work(2 * element_bytes * n * c * positions, operations)
 
 
-def training_work(n: int, c: int, positions: int) -> Work:
+def training_work(n: int, c: int, positions: int, element_bytes: int = 4) -> Work:
     """Forward: u read, the output written. Backward: u and the output's gradient read, u's gradient written.
 
     The batch statistics need all of u before anything else, so where u does not stay in cache, more is moved. The small
@@ -67,74 +77,101 @@ def training_work(n: int, c: int, positions: int) -> Work:
     """
     forward = inference_work(n, c, positions).operations
     backward = n * (positions * c * (_STATISTICS + _BACKWARD) + 2 * _matrices(c))
-    return Work(5 * 4 * n * c * positions, forward + backward)
+    return Work(5 * element_bytes * n * c * positions, forward + backward)
 
 
-class _Inputs:
-    """u, the gradient of the output, parameters and running statistics of one shape, drawn once."""
+@dataclass(frozen=True)
+class Setup:
+    """What one case runs on: `channels` by `height` by `height`, u in `dtype`, parameters in float32."""
 
-    def __init__(self, c: int, height: int) -> None:
+    channels: int
+    height: int
+    training: bool
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+
+    def draw(self) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+        """u, parameters, running statistics and the gradient of the output, the same every time."""
         make_inputs = from_tests("ops/inputs.py").make_inputs
-        sizes = {"forget": c // 2, "attention": c}
-        self.channels = c
-        self.u, self.parameters, self.running = make_inputs(BATCH, c, height, height, dtype=torch.float32, **sizes)
-        self.grad_out = torch.randn(self.u.shape, generator=torch.Generator().manual_seed(1))
+        sizes = (BATCH, self.channels, self.height, self.height)
+        rows = {"forget": self.channels // 2, "attention": self.channels}
+        inputs = make_inputs(*sizes, **rows, dtype=self.dtype, parameter_dtype=torch.float32)
+        grad_out = torch.randn(sizes, generator=torch.Generator().manual_seed(1)).to(self.dtype)
+        return *inputs, grad_out
 
     def composition(self, dtype: torch.dtype) -> Subject:
-        # Copies: training moves the running statistics, and every contender starts from the same ones.
-        module = Composition(
-            [p.to(dtype, copy=True) for p in self.parameters], [r.to(dtype, copy=True) for r in self.running]
-        )
+        _, parameters, running, _ = self.draw()
+        module = Composition([p.to(dtype) for p in parameters], [r.to(dtype) for r in running])
+        module.train(self.training).to(self.device)
         return Subject(module, list(module.parameters()), list(module.buffers()))
 
     def fused(self) -> Subject:
+        _, parameters, running, _ = self.draw()
         module = GatedExcitation(self.channels)
-        values = zip((*PARAMETERS, *RUNNING), (*self.parameters, *self.running), strict=True)
+        values = zip((*PARAMETERS, *RUNNING), (*parameters, *running), strict=True)
         module.load_state_dict(dict(values), strict=False)
-        return module_subject(module, PARAMETERS, RUNNING)
+        return module_subject(module.train(self.training).to(self.device), PARAMETERS, RUNNING)
+
+    def runner(self, subject: Subject, dtype: torch.dtype, layout: torch.memory_format) -> Runner:
+        u, _, _, grad_out = self.draw()
+        u, grad_out = (x.to(self.device, dtype).contiguous(memory_format=layout) for x in (u, grad_out))
+        return gradient_runner(subject, u, grad_out) if self.training else inference_runner(subject, u)
+
+    def truth(self) -> Runner:
+        return self.runner(self.composition(torch.float64), torch.float64, torch.contiguous_format)
 
 
-def _runner(subject: Subject, inputs: _Inputs, training: bool, place: Callable[[Tensor], Tensor]) -> Runner:
-    if training:
-        return gradient_runner(subject, place(inputs.u), place(inputs.grad_out))
-    return inference_runner(subject, place(inputs.u))
+def _on_triton(subject: Subject) -> Subject:
+    def call(x: Tensor) -> Tensor:
+        with backend("triton"):
+            return subject.call(x)
+
+    return Subject(call, subject.parameters, subject.running)
 
 
-def _build(kind: str, c: int, height: int, training: bool, device: torch.device, layout: torch.memory_format) -> Runner:
-    inputs = _Inputs(c, height)
-    subject = inputs.fused() if kind == "pyext" else inputs.composition(torch.float32)
-    subject.call.train(training).to(device)
-    if kind == "torch.compile":
-        subject = compiled(subject, training)
-    return _runner(subject, inputs, training, lambda x: x.to(device).contiguous(memory_format=layout))
+def _build(kind: str, setup: Setup) -> Runner:
+    """A contender by the words of its name: the program, then what is special about it."""
+    subject = setup.fused() if kind.startswith("pyext") else setup.composition(torch.float32)
+    if kind.startswith("torch.compile"):
+        subject = compiled(subject, setup.training)
+    if "triton" in kind:
+        subject = _on_triton(subject)
+    layout = FORMATS[" channels_last" if "channels_last" in kind else ""]
+    runner = setup.runner(subject, setup.dtype, layout)
+    return graphed(runner) if "graph" in kind else runner
 
 
-def _truth(c: int, height: int, training: bool) -> Runner:
-    inputs = _Inputs(c, height)
-    subject = inputs.composition(torch.float64)
-    subject.call.train(training)
-    return _runner(subject, inputs, training, lambda x: x.double())
+def _kinds(setup: Setup) -> list[str]:
+    if setup.device.type == "cpu":
+        return [program + suffix for program in ("pyext", "eager", "torch.compile") for suffix in FORMATS]
+    kinds = ["pyext", "pyext channels_last", "pyext triton", "eager", "eager channels_last", "torch.compile"]
+    return kinds + ["pyext graph", "pyext triton graph", "eager graph"] * (not setup.training)
 
 
-def _case(c: int, height: int, training: bool, device: torch.device) -> Case:
-    contenders = [
-        Contender(kind + suffix, functools.partial(_build, kind, c, height, training, device, layout), kind == "pyext")
-        for kind in ("pyext", "eager", "torch.compile")
-        for suffix, layout in FORMATS.items()
-    ]
-    mode, work = ("forward+backward", training_work) if training else ("inference", inference_work)
-    name = f"gated_excitation {mode} {BATCH}x{c}x{height}x{height}"
+def _case(setup: Setup) -> Case:
+    mode, work = ("forward+backward", training_work) if setup.training else ("inference", inference_work)
+    suffix = "" if setup.dtype == torch.float32 else f" {setup.dtype}".replace("torch.", "")
+    c, height = setup.channels, setup.height
     return Case(
-        name,
-        contenders,
-        functools.partial(_truth, c, height, training),
-        functools.partial(work, BATCH, c, height * height),
+        f"gated_excitation {mode} {BATCH}x{c}x{height}x{height}{suffix}",
+        [Contender(kind, functools.partial(_build, kind, setup), kind.startswith("pyext")) for kind in _kinds(setup)],
+        setup.truth,
+        functools.partial(work, BATCH, c, height * height, setup.dtype.itemsize),
+        # On a GPU torch.compile takes most of a case's time.
+        needs_seconds=15 if setup.device.type == "cuda" else 0,
+        dtype=setup.dtype,
     )
 
 
 def cases(device: torch.device) -> list[Case]:
     """Inference and forward+backward for every shape; the concatenation that follows is left out for all contenders."""
-    return [_case(c, height, training, device) for training in (False, True) for c, height in SHAPES]
+    dtypes = (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,)
+    return [
+        _case(Setup(c, height, training, device, dtype))
+        for dtype in dtypes
+        for training in (False, True)
+        for c, height in SHAPES
+    ]
 
 
 def test_gated_excitation(speed, case, contender):

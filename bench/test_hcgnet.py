@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from bench.peers import (
     FORMATS,
     INFERENCE_ENGINES,
     Subject,
+    autocast,
     compiled,
     from_tests,
     inference_runner,
@@ -31,7 +32,8 @@ TRAINING_BATCH = 64
 _DISTINCT = 8
 _GRADIENT_DISTANCE = 0.2
 """Of a whole network's gradient in float32 from float64: rounding moves ReLUs across zero, each in all repetitions of
-an image (measured on A1 with plain torch: 5e-3 in NCHW, 5e-2 in channels_last)."""
+an image (measured on A1 with plain torch: 5e-3 in NCHW, 5e-2 in channels_last). In mixed precision plain torch's is
+about its own norm away (0.9 on A1, 1.5 on A2), so it says nothing and is no result there: loss and statistics are."""
 
 
 @dataclass(frozen=True)
@@ -135,85 +137,115 @@ def _subject(model: nn.Module, network: Network) -> Subject:
     return module_subject(model, [name for name, _ in published.named_parameters()], means)
 
 
-def _build(
-    kind: str, network: Network, batch: int, training: bool, device: torch.device, layout: torch.memory_format
-) -> Runner:
-    model = MODELS[kind](network).to(device).to(memory_format=layout).train(training)
-    images, labels = _images(network, batch)
-    images = images.to(device).contiguous(memory_format=layout)
-    subject = _subject(model, network)
-    if kind == "torch.compile":
-        subject = compiled(subject, training)
-    return step_runner(subject, images, labels.to(device)) if training else inference_runner(subject, images)
+@dataclass(frozen=True)
+class Setup:
+    """What one case runs: a network by name, in float32 or, by autocast, in mixed precision."""
+
+    name: str
+    batch: int
+    training: bool
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    network: Network = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "network", NETWORKS[self.name])
+
+    def build(self, kind: str) -> Runner:
+        """A contender by the words of its name: the program, then the memory format."""
+        program, _, layout = kind.partition(" ")
+        memory_format = FORMATS[" " + layout if layout else ""]
+        model = MODELS[program](self.network).to(self.device).to(memory_format=memory_format).train(self.training)
+        images, labels = _images(self.network, self.batch)
+        images = images.to(self.device).contiguous(memory_format=memory_format)
+        subject = autocast(_subject(model, self.network), self.device, self.dtype)
+        if program == "torch.compile":
+            subject = compiled(subject, self.training)
+        return self._runner(subject, images, labels.to(self.device))
+
+    def _runner(self, subject: Subject, images: Tensor, labels: Tensor) -> Runner:
+        if self.training:
+            return step_runner(subject, images, labels, gradients=self.dtype == torch.float32)
+        return inference_runner(subject, images)
+
+    def engine(self, name: str) -> Runner:
+        return INFERENCE_ENGINES[name](self.network.plain().eval(), _images(self.network, self.batch)[0])
+
+    def truth(self) -> Runner:
+        images, labels = (x.to(self.device) for x in _images(self.network, min(self.batch, _DISTINCT)))
+        subject = _subject(self.network.plain().to(self.device).double().train(self.training), self.network)
+        alone = self._runner(subject, images.double(), labels)
+        if self.training:
+            return alone
+        return Runner(alone.run, lambda: {"out": alone.results()["out"].repeat(self.batch // len(images), 1)})
+
+    def contenders(self, peers: str) -> list[Contender]:
+        """pyext's two, eager in both memory formats, and those that the words of `peers` name."""
+        kinds = [*OURS, *("eager" + suffix for suffix in FORMATS), *["torch.compile"] * ("compile" in peers)]
+        if self.device.type == "cuda":  # where pyext leaves the memory format to the caller
+            kinds.insert(2, "accelerate channels_last")
+        found = [Contender(kind, functools.partial(self.build, kind), kind.split()[0] in OURS) for kind in kinds]
+        if "engines" in peers and self.device.type == "cpu":
+            absent = missing_engines()
+            engines = [name for name in INFERENCE_ENGINES if name not in absent]
+            found += [Contender(name, functools.partial(self.engine, name)) for name in engines]
+        return found
 
 
-def _engine(name: str, network: Network, batch: int) -> Runner:
-    return INFERENCE_ENGINES[name](network.plain().eval(), _images(network, batch)[0])
-
-
-def _truth(network: Network, batch: int, training: bool) -> Runner:
-    images, labels = _images(network, min(batch, _DISTINCT))
-    subject = _subject(network.plain().double().train(training), network)
-    if training:
-        return step_runner(subject, images.double(), labels)
-    alone = inference_runner(subject, images.double())
-    return Runner(alone.run, lambda: {"out": alone.results()["out"].repeat(batch // len(images), 1)})
-
-
-def _contenders(network: Network, batch: int, training: bool, device: torch.device, peers: str) -> list[Contender]:
-    """pyext's two, eager in both memory formats, and those that the words of `peers` name."""
-    kinds = [*((kind, "") for kind in OURS), *(("eager", suffix) for suffix in FORMATS)]
-    kinds += [("torch.compile", "")] * ("compile" in peers)
-    found = [
-        Contender(
-            kind + suffix,
-            functools.partial(_build, kind, network, batch, training, device, FORMATS[suffix]),
-            ours=kind in OURS,
-        )
-        for kind, suffix in kinds
-    ]
-    if "engines" in peers and device.type == "cpu":
-        absent = missing_engines()
-        engines = [name for name in INFERENCE_ENGINES if name not in absent]
-        found += [Contender(name, functools.partial(_engine, name, network, batch)) for name in engines]
-    return found
-
-
-def _case(
-    name: str, batch: int, training: bool, device: torch.device, peers: str = "", needs_seconds: float = 0
-) -> Case:
-    network, mode = NETWORKS[name], "training step" if training else "inference"
+def _case(setup: Setup, peers: str = "", needs_seconds: float = 0) -> Case:
+    mode = "training step" if setup.training else "inference"
+    suffix = "" if setup.dtype == torch.float32 else f", autocast to {setup.dtype}".replace("torch.", "")
     return Case(
-        f"hcgnet {name} {mode}, batch {batch}",
-        _contenders(network, batch, training, device, peers),
-        functools.partial(_truth, network, batch, training),
-        functools.partial(work, network, batch, training),
-        plain=tuple("eager" + suffix for suffix in FORMATS),
+        f"hcgnet {setup.name} {mode}, batch {setup.batch}{suffix}",
+        setup.contenders(peers),
+        setup.truth,
+        functools.partial(work, setup.network, setup.batch, setup.training),
+        plain=tuple("eager" + layout for layout in FORMATS),
         distances={"grad_parameters": _GRADIENT_DISTANCE},
         needs_seconds=needs_seconds,
+        dtype=setup.dtype,
     )
 
 
 def cases(device: torch.device) -> list[Case]:
-    """A1 to A3 and B; the training steps of A2 and A3 where there is time."""
+    """A1 to A3 and B; those that take long, where there is time."""
+    return _gpu_cases(device) if device.type == "cuda" else _cpu_cases(device)
+
+
+def _cpu_cases(device: torch.device) -> list[Case]:
     return [
-        _case("A1", 1, False, device, "compile engines"),
-        _case("A1", 64, False, device, "compile engines"),
-        _case("A1", TRAINING_BATCH, True, device),
-        _case("B", 1, False, device, "engines"),
-        _case("A2", 1, False, device),
-        _case("A2", 64, False, device),
-        _case("A3", 1, False, device),
-        _case("B", 8, False, device, "engines"),
-        _case("A3", 64, False, device),
-        _case("A2", TRAINING_BATCH, True, device, needs_seconds=120),
-        _case("A3", TRAINING_BATCH, True, device, needs_seconds=400),
+        _case(Setup("A1", 1, False, device), "compile engines"),
+        _case(Setup("A1", 64, False, device), "compile engines"),
+        _case(Setup("A1", TRAINING_BATCH, True, device)),
+        _case(Setup("B", 1, False, device), "engines"),
+        _case(Setup("A2", 1, False, device)),
+        _case(Setup("A2", 64, False, device)),
+        _case(Setup("A3", 1, False, device)),
+        _case(Setup("B", 8, False, device), "engines"),
+        _case(Setup("A3", 64, False, device)),
+        _case(Setup("A2", TRAINING_BATCH, True, device), needs_seconds=120),
+        _case(Setup("A3", TRAINING_BATCH, True, device), needs_seconds=400),
     ]
+
+
+def _gpu_cases(device: torch.device) -> list[Case]:
+    """In float32 and in mixed precision; those that torch.compile takes part in last, since it compiles for long."""
+    mixed = torch.bfloat16
+    modes = [(dtype, training) for dtype in (torch.float32, mixed) for training in (False, True)]
+    sizes = {"A1": 128, "B": 64, "A2": 128, "A3": 128}
+    found = [
+        _case(Setup(name, batch, training, device, dtype), needs_seconds=15)
+        for name, batch in sizes.items()
+        for dtype, training in modes
+        if (name, dtype) != ("A1", mixed)
+    ]
+    found += [_case(Setup("A1", 128, training, device, mixed), "compile", 90) for training in (False, True)]
+    return [*found, _case(Setup("A1", 1, False, device), "compile", 90)]
 
 
 def memory_case(device: torch.device) -> Case:
     """The training step whose peak memory is compared."""
-    return _case("A1", TRAINING_BATCH, True, device)
+    return _case(Setup("A1", TRAINING_BATCH, True, device))
 
 
 def test_hcgnet(speed, case, contender):

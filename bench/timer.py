@@ -25,6 +25,7 @@ class Effort:
 
 
 FULL = Effort(seconds=12, most_rounds=41, least_rounds=5)
+GPU = Effort(seconds=1.5, most_rounds=31, least_rounds=5)
 QUICK = Effort(seconds=1.5, most_rounds=7)
 
 

@@ -2,8 +2,9 @@
 
 import os
 
-# Triton's kernels run on the CPU by its interpreter; read when triton is imported.
-os.environ["TRITON_INTERPRET"] = "1"
+# Triton's kernels run on the CPU by its interpreter, unless TRITON_INTERPRET=0 says that there is a GPU (tests/gpu);
+# read when triton is imported.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch

@@ -183,7 +183,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-__global__ void merge_statistics_kernel(const Moments* partial, int splits, int channels, float* statistics) {
+__global__ void __launch_bounds__(kThreads)
+    merge_statistics_kernel(const Moments* partial, int splits, int channels, float* statistics) {
   const int c = blockIdx.x * blockDim.x + threadIdx.x;
   if (c >= channels) return;
   Moments moments;
@@ -193,7 +194,8 @@ __global__ void merge_statistics_kernel(const Moments* partial, int splits, int 
 }
 
 // Mean and variance of each hidden unit over the batch: one warp per unit, two passes.
-__global__ void hidden_statistics_kernel(const float* hidden, int64_t batch, int units, float* statistics) {
+__global__ void __launch_bounds__(kThreads)
+    hidden_statistics_kernel(const float* hidden, int64_t batch, int units, float* statistics) {
   const int lane = threadIdx.x % kWarp;
   const int j = (blockIdx.x * blockDim.x + threadIdx.x) / kWarp;
   if (j >= units) return;

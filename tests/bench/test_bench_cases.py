@@ -14,8 +14,10 @@ from pyext.models.hcgnet import HCGNet
 CPU = torch.device("cpu")
 
 
-def test_every_case_has_a_name_of_its_own_and_peers_to_beat():
-    cases = [*operator.cases(CPU), *networks.cases(CPU)]
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_case_has_a_name_of_its_own_and_peers_to_beat(device):
+    device = torch.device(device)
+    cases = [*operator.cases(device), *networks.cases(device)]
     assert len({case.name for case in cases}) == len(cases)
     for case in cases:
         names = [contender.name for contender in case.contenders]
@@ -27,6 +29,7 @@ def test_every_case_has_a_name_of_its_own_and_peers_to_beat():
 def test_operator_work_of_the_smallest_shape():
     # C=2, P=1: 56*2 + 9 per image, small matrices 2*(2*1*2 + 2*4 + 2*2*2) = 40; backward 120 per element and twice 40.
     assert operator.inference_work(3, 2, 1).operations == 3 * (56 * 2 + 9 + 40)
+    assert operator.inference_work(64, 12, 1024, 2).bytes == 2 * 64 * 12 * 1024 * 2
     assert operator.training_work(3, 2, 1).operations == 3 * (56 * 2 + 9 + 40 + 120 * 2 + 80)
     assert operator.inference_work(64, 12, 1024).bytes == 2 * 64 * 12 * 1024 * 4
     assert operator.training_work(64, 12, 1024).bytes == 5 * 64 * 12 * 1024 * 4
@@ -40,9 +43,10 @@ def test_network_work_is_that_of_the_paper():
     assert one.bytes == 4 * (3 * 32 * 32 + 100 + 1_102_651)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("training", [False, True])
-def test_our_contenders_and_eager_pass_the_operators_gate(training):
-    case = operator._case(6, 5, training, CPU)
+def test_our_contenders_and_eager_pass_the_operators_gate(training, dtype):
+    case = operator._case(operator.Setup(6, 5, training, CPU, dtype))
     gate = Gate(case)
     for contender in case.contenders:
         if not contender.name.startswith("torch.compile"):
@@ -52,12 +56,13 @@ def test_our_contenders_and_eager_pass_the_operators_gate(training):
             gate.check(contender, runner.results())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("training", [False, True])
-def test_our_contenders_and_eager_pass_a_networks_gate(training, monkeypatch):
+def test_our_contenders_and_eager_pass_a_networks_gate(training, dtype, monkeypatch):
     own = functools.partial(HCGNet, (8, 12), (2, 2))
     tiny = networks.Network("CifarNet", (8, 12), (2, 2), 5, 8, own)
     monkeypatch.setitem(networks.NETWORKS, "A1", tiny)
-    case = networks._case("A1", 16, training, CPU)
+    case = networks._case(networks.Setup("A1", 16, training, CPU, dtype))
     gate = Gate(case)
     for contender in case.contenders:
         runner = contender.build()
