@@ -1,7 +1,11 @@
 """Settings that must stand before anything is imported, and uninitialised memory that shows itself."""
 
 import os
+import sys
+from pathlib import Path
 
+# The benchmarks' package; last, so that an installed pyext stays the one that is tested.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 # Triton's kernels run on the CPU by its interpreter, unless TRITON_INTERPRET=0 says that there is a GPU (tests/gpu);
 # read when triton is imported.
 os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -7,7 +7,6 @@ make sense there by the backend `cpu`, to try the tests themselves.
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 # cuBLAS is reproducible with a fixed workspace alone; read when torch first uses it.
@@ -17,7 +16,6 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-sys.path.append(str(HERE.parents[1]))
 DESELECTED = pytest.StashKey[int]()
 collect_ignore = ["test_gpu_device.py"] if os.environ.get("PYEXT_GPU_TESTS_ON") == "cpu" else []
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_compile import find_nvcc
 from cuda_host.library import HERE, ROOT
+
+from bench.resources.cuda import find_nvcc
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
