@@ -46,8 +46,8 @@ CUDA_ARCHITECTURES = os.environ.get("PYEXT_CUDA_ARCHITECTURES", "80;90;100").spl
 CXX_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-fno-lto", "-Wall", "-Wno-psabi"]
 CXX_FLAGS.append("-Wno-maybe-uninitialized")  # GCC 12 reports its own AVX-512 headers
 SANITIZERS = [name for name in os.environ.get("PYEXT_SANITIZE", "").split(",") if name]
-if SANITIZERS:  # -O1 keeps the checks and halves the compile time; a report ends the process, so none is overlooked
-    CXX_FLAGS += ["-O1", "-g1", f"-fsanitize={','.join(SANITIZERS)}", "-fno-sanitize-recover=all"]
+if SANITIZERS:  # a report ends the process, so none is overlooked
+    CXX_FLAGS += ["-g1", f"-fsanitize={','.join(SANITIZERS)}", "-fno-sanitize-recover=all"]
     CXX_FLAGS.append("-fno-omit-frame-pointer")
 SANITIZE_LINK = [f"-fsanitize={','.join(SANITIZERS)}"] if SANITIZERS else []
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]

@@ -64,6 +64,8 @@ class Description:
     rounded_with: Mapping[str, str] = field(default_factory=dict)
     """Inputs whose exact gradient can be 0, and the input with whose gradient theirs is rounded."""
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    free: tuple[int, ...] = ()
+    """Dimensions of the main input that may have any size."""
     sizing: frozenset[str] = frozenset()
     """Inputs that fix sizes: when one is wrong, the message may name another that does not fit it."""
     validated: Callable[[Case], bool] = lambda case: True

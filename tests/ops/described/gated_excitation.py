@@ -94,6 +94,7 @@ DESCRIPTION = Description(
     # A constant added to every logit leaves a softmax unchanged.
     zero_gradients=frozenset(name for name in PARAMETERS if name.startswith("global_") and name.endswith("bias")),
     rounded_with={name: name.removesuffix("bias") + "weight" for name in PARAMETERS if name.endswith("bias")},
+    free=(0, 2, 3),
     sizing=frozenset({"u", "fc1.bias", "fcall.bias"}),
     # With batch statistics, too few parameters are an IndexError and wrong running statistics torch's own error.
     validated=lambda case: bool(case.states) and not case.options["training"],
