@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -160,13 +160,18 @@ def validate(u: Tensor, parameters: Sequence[Tensor], running: Sequence[Tensor],
         raise ValueError(f"gated_excitation: u has shape {tuple(u.shape)}, expected at least one channel and position")
     if len(parameters) != len(PARAMETERS):
         raise ValueError(f"gated_excitation: {len(parameters)} parameters, expected {len(PARAMETERS)} (see PARAMETERS)")
-    if len(running) != (0 if training else len(RUNNING)):
-        raise ValueError(f"gated_excitation: {len(running)} running statistics, expected {len(RUNNING)} (see RUNNING)")
     forget, attention = _rows(parameters)
     shapes = parameter_shapes(u.shape[1], forget, attention)
     for name, tensor in zip(PARAMETERS, parameters, strict=True):
         _validate_one(name, tensor, shapes[name], u, parameters[0].dtype)
-    for name, tensor in zip(RUNNING, running, strict=not training):
+    if not training or running:
+        _validate_running(u, running, shapes)
+
+
+def _validate_running(u: Tensor, running: Sequence[Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    if len(running) != len(RUNNING):
+        raise ValueError(f"gated_excitation: {len(running)} running statistics, expected {len(RUNNING)} (see RUNNING)")
+    for name, tensor in zip(RUNNING, running, strict=True):
         weight = name.rsplit(".", 1)[0] + ".weight"
         _validate_one(name, tensor, shapes[weight], u, running[0].dtype)
 
@@ -251,8 +256,14 @@ def gated_excitation(
     Source: HCGNet, arXiv 1908.09699, section 3.
     """
     batch_statistics = training or running is None
+    if eps < 0:
+        raise ValueError(f"gated_excitation: eps is {eps}, expected at least 0")
     if batch_statistics:
+        if u.dim() != 4 or len(parameters) != len(PARAMETERS):
+            validate(u, parameters, (), True)
         _check_values_per_channel(u, parameters)
+    if training and running is not None:  # the kernels do not see what is updated
+        _validate_running(u, running, parameter_shapes(u.shape[1], *_rows(parameters)))
     if out is not None:
         _check_out(u, parameters, out)
     name = OPERATOR.choose(backend, u)
@@ -324,7 +335,8 @@ def _update_running(running: Sequence[Tensor], batch: Sequence[Tensor], u: Tenso
     new = [mean, var, mean, var, hidden_mean[forget:], hidden_var[forget:], hidden_mean[:forget], hidden_var[:forget]]
     with torch.no_grad():
         for old, value in zip(running, new, strict=True):
-            old.lerp_(value.to(old.dtype), momentum)
+            # In the value's dtype: a variance beyond float16's range still moves a running one that stays inside it.
+            old.copy_(old.to(value.dtype).lerp_(value, momentum))
 
 
 # --- registration of shapes, gradients and the Triton kernels ---------------------------------------------------------
