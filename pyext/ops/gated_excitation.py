@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -162,13 +162,18 @@ def validate(u: Tensor, parameters: Sequence[Tensor], running: Sequence[Tensor],
         raise ValueError(f"gated_excitation: u has shape {tuple(u.shape)}, expected at least one channel and position")
     if len(parameters) != len(PARAMETERS):
         raise ValueError(f"gated_excitation: {len(parameters)} parameters, expected {len(PARAMETERS)} (see PARAMETERS)")
-    if len(running) != (0 if training else len(RUNNING)):
-        raise ValueError(f"gated_excitation: {len(running)} running statistics, expected {len(RUNNING)} (see RUNNING)")
     forget, attention = _rows(parameters)
     shapes = parameter_shapes(u.shape[1], forget, attention)
     for name, tensor in zip(PARAMETERS, parameters, strict=True):
         _validate_one(name, tensor, shapes[name], u, parameters[0].dtype)
-    for name, tensor in zip(RUNNING, running, strict=not training):
+    if not training or running:
+        _validate_running(u, running, shapes)
+
+
+def _validate_running(u: Tensor, running: Sequence[Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    if len(running) != len(RUNNING):
+        raise ValueError(f"gated_excitation: {len(running)} running statistics, expected {len(RUNNING)} (see RUNNING)")
+    for name, tensor in zip(RUNNING, running, strict=True):
         weight = name.rsplit(".", 1)[0] + ".weight"
         _validate_one(name, tensor, shapes[weight], u, running[0].dtype)
 
@@ -253,8 +258,14 @@ def gated_excitation(
     Source: HCGNet, arXiv 1908.09699, section 3.
     """
     batch_statistics = training or running is None
+    if eps < 0:
+        raise ValueError(f"gated_excitation: eps is {eps}, expected at least 0")
     if batch_statistics:
+        if u.dim() != 4 or len(parameters) != len(PARAMETERS):
+            validate(u, parameters, (), True)
         _check_values_per_channel(u, parameters)
+    if training and running is not None:
+        _check_updated(u, parameters, running)
     if out is not None:
         _check_out(u, parameters, out)
     name = OPERATOR.choose(backend, u)
@@ -311,6 +322,15 @@ def _check_values_per_channel(u: Tensor, parameters: Sequence[Tensor]) -> None:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size(size)}")
 
 
+def _check_updated(u: Tensor, parameters: Sequence[Tensor], running: Sequence[Tensor]) -> None:
+    """The kernels do not see what training updates, and a wrong tensor must not leave the others moved."""
+    forget, attention = _rows(parameters)
+    expected = [u.shape[1]] * 4 + [attention] * 2 + [forget] * 2
+    kinds = {(r.dtype, r.device) for r in running}
+    if [r.numel() for r in running] != expected or kinds != {(running[0].dtype, u.device)}:
+        _validate_running(u, running, parameter_shapes(u.shape[1], forget, attention))
+
+
 def _check_out(u: Tensor, parameters: Sequence[Tensor], out: Tensor) -> None:
     if out.shape != u.shape or out.dtype != u.dtype or out.device != u.device:
         raise ValueError(
@@ -335,7 +355,12 @@ def _update_running(running: Sequence[Tensor], batch: Sequence[Tensor], u: Tenso
     forget_var, attention_var = (hidden_var * (n / (n - 1))).split(rows)
     new = [mean, var, mean, var, attention_mean, attention_var, forget_mean, forget_var]
     with torch.no_grad():
-        torch._foreach_lerp_(list(running), [v.to(old.dtype) for old, v in zip(running, new, strict=True)], momentum)
+        if running[0].dtype == mean.dtype:
+            torch._foreach_lerp_(list(running), new, momentum)
+            return
+        for old, value in zip(running, new, strict=True):
+            # In the value's dtype: a variance beyond float16's range still moves a running one that stays inside it.
+            old.copy_(old.to(value.dtype).lerp_(value, momentum))
 
 
 # --- registration of shapes, gradients and the Triton kernels ---------------------------------------------------------

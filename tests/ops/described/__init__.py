@@ -68,10 +68,10 @@ class Description:
     """Dimensions of the main input that may have any size."""
     sizing: frozenset[str] = frozenset()
     """Inputs that fix sizes: when one is wrong, the message may name another that does not fit it."""
-    validated: Callable[[Case], bool] = lambda case: True
-    """Whether the function says in its own words what is wrong with a call like this one."""
     counted: tuple[str, ...] = ()
     """What messages call the lists of tensors, for a call with too few or too many."""
+    wrong_options: Mapping[str, Any] = field(default_factory=dict)
+    """Values that options must not have."""
 
 
 def description_of(operator: str) -> Description:
