@@ -47,9 +47,9 @@ void add_transposed_product(const T* w, const T* x, int64_t rows, int64_t column
   }
 }
 
-// sum_p x[p] and sum_p x[p] y[p], in several chains: one would wait for itself, and round more.
+// sum_p x[p] and sum_p x[p] y[p] for whole vectors of positions, in several chains: one would wait for itself.
 template <typename T>
-std::pair<T, T> sum_and_dot(const T* x, const T* y, int64_t length) {
+std::pair<T, T> block_sum_and_dot(const T* x, const T* y, int64_t length) {
   constexpr int kChains = 4;
   constexpr int64_t kStep = kChains * kLanes<T>;
   Vec<T> sum[kChains] = {}, dot[kChains] = {};
@@ -67,6 +67,19 @@ std::pair<T, T> sum_and_dot(const T* x, const T* y, int64_t length) {
     dot[0] += load<T>(x + p) * load<T>(y + p);
   }
   return {sum_lanes<T>((sum[0] + sum[1]) + (sum[2] + sum[3])), sum_lanes<T>((dot[0] + dot[1]) + (dot[2] + dot[3]))};
+}
+
+// The same over any number of blocks, whose sums are added up in double precision: the gates' gradients are what is
+// left of a cancellation between these sums.
+template <typename T>
+std::pair<T, T> sum_and_dot(const T* x, const T* y, int64_t length) {
+  double sum = 0, dot = 0;
+  for (int64_t p = 0; p < length; p += kBlock) {
+    const auto [s, d] = block_sum_and_dot(x + p, y + p, length - p < kBlock ? length - p : kBlock);
+    sum += s;
+    dot += d;
+  }
+  return {static_cast<T>(sum), static_cast<T>(dot)};
 }
 
 // dn = sum_p dout and df = sum_p dout u of one image, then back through the gates up to the BN1d outputs.
@@ -290,8 +303,8 @@ void logit_gradients(const T* probability, T* logit, int64_t pitch) {
 // What one branch of one channel needs in the inner loop of `spread_chunk`.
 template <typename T>
 struct Branch {
-  T scale, shift, mean, inverse;  // BN; xhat = (u - mean) * inverse
-  T pooled, context;              // dc[c], w[c]
+  T mean, scale, bias, inverse;  // BN; xhat = (u - mean) * inverse
+  T pooled, context;             // dc[c], w[c]
   const T* kernel;
   const T* shifted;  // probabilities, then logit gradients
 };
@@ -303,8 +316,8 @@ template <typename T>
 void spread_branch(const Branch<T>& b, const T* u, int64_t count, T* du, ChannelSums<T>& sums, int branch) {
   Vec<T> from_probability[kTaps] = {}, from_logit[kTaps] = {}, context{}, bias{}, weight{};
   for (int64_t i = 0; i < count; i += kLanes<T>) {
-    const Vec<T> x = load<T>(u + i);
-    const Vec<T> r = relu<T>(x * b.scale + b.shift);
+    const Vec<T> centred = load<T>(u + i) - b.mean;
+    const Vec<T> r = relu<T>(centred * b.scale + b.bias);
     Vec<T> probability{}, logit{};
 #pragma GCC unroll 9
     for (int k = 0; k < kTaps; ++k) {
@@ -318,7 +331,7 @@ void spread_branch(const Branch<T>& b, const T* u, int64_t count, T* du, Channel
     const Vec<T> zero{}, dr = probability * b.pooled + logit * b.context;
     const Vec<T> g = r > zero ? dr : zero;
     bias += g;
-    weight += g * ((x - b.mean) * b.inverse);
+    weight += g * (centred * b.inverse);
     store<T>(du + i, load<T>(du + i) + g * b.scale);
   }
   sums.context[branch] += context;
@@ -339,15 +352,6 @@ void spread_forget(const T* u, const T* grad, const T* probability, const T* log
     sum += dl * load<T>(u + i);
     store<T>(du + i, load<T>(grad + i) * f + load<T>(probability + i) * pooled + dl * context);
   }
-}
-
-// Mean and inverse standard deviation of branch b's BN of channel c.
-template <typename T>
-std::pair<T, T> norm_moments(const Call<T>& call, int b, int64_t c) {
-  const T* batch = static_cast<const T*>(call.args.map_statistics);
-  const T mean = call.args.training ? batch[c] : call.running[b ? kNorm5Mean : kNorm3Mean][c];
-  const T var = call.args.training ? batch[call.sizes.channels + c] : call.running[b ? kNorm5Var : kNorm3Var][c];
-  return {mean, 1 / std::sqrt(var + static_cast<T>(call.args.eps))};
 }
 
 // du of one image before the correction for batch statistics.
@@ -372,11 +376,10 @@ void spread_image(const Call<T>& call, const Image<const T>& u, const Image<cons
                     g.forget[c], g.added[c], call.parameters[kForgetContextWeight][c], count, to,
                     sums[c].forget_context);
       for (int b = 0; b < 2; ++b) {
-        const auto [mean, inverse] = norm_moments(call, b, c);
-        const Branch<T> branch{channel.scale[b],
-                               channel.shift[b],
-                               mean,
-                               inverse,
+        const Branch<T> branch{channel.mean[b],
+                               channel.scale[b],
+                               channel.bias[b],
+                               channel.inverse[b],
                                g.mix[b * call.channel_pitch + c],
                                context[b][c],
                                channel.kernel[b],
@@ -464,7 +467,7 @@ void correct_image(const Call<T>& call, const ParameterGradients<T>& grads, cons
   const T values = static_cast<T>(s.batch * s.positions());
   const T *gamma3 = call.parameters[kNorm3Weight], *gamma5 = call.parameters[kNorm5Weight];
   for (int64_t c = 0; c < s.channels; ++c) {
-    const auto [mean, inverse] = norm_moments(call, 0, c);
+    const T mean = call.channels[c].mean[0], inverse = call.channels[c].inverse[0];
     const T s1 = gamma3[c] * grads.at[kNorm3Bias][c] + gamma5[c] * grads.at[kNorm5Bias][c];
     const T s2 = gamma3[c] * grads.at[kNorm3Weight][c] + gamma5[c] * grads.at[kNorm5Weight][c];
     const T slope = inverse * inverse * s2 / values, offset = inverse * s1 / values;

@@ -66,7 +66,10 @@ void parallel_images(const Host& host, int64_t batch, F work) {
 // Per channel, in the order in which the inner loops read them.
 template <typename T>
 struct Channel {
-  T scale[2], shift[2];  // BN of branches 3 and 5 as u * scale + shift
+  // BN of branches 3 and 5 as (u - mean) * scale + bias: as part of a shift, a mean that is large against the deviation
+  // would cancel.
+  T mean[2], scale[2], bias[2];
+  T inverse[2];  // reciprocal standard deviation
   T kernel[2][kTaps];
 };
 
@@ -133,7 +136,7 @@ Call<T> begin_call(const GatedExcitation& args, const Host& host) {
   return call;
 }
 
-// BN of the two branches as u * scale + shift, from the batch's statistics or the running ones.
+// From the batch's statistics or the running ones.
 template <typename T>
 void prepare_channels(Call<T>& call) {
   const int64_t channels = call.sizes.channels;
@@ -147,8 +150,11 @@ void prepare_channels(Call<T>& call) {
     const T* kernel = call.parameters[b ? kConv5Weight : kConv3Weight];
     for (int64_t c = 0; c < channels; ++c) {
       Channel<T>& channel = call.channels[c];
-      channel.scale[b] = weight[c] / std::sqrt(var[c] + static_cast<T>(call.args.eps));
-      channel.shift[b] = bias[c] - mean[c] * channel.scale[b];
+      const T deviation = std::sqrt(var[c] + static_cast<T>(call.args.eps));
+      channel.mean[b] = mean[c];
+      channel.scale[b] = weight[c] / deviation;
+      channel.bias[b] = bias[c];
+      channel.inverse[b] = 1 / deviation;
       for (int k = 0; k < kTaps; ++k) channel.kernel[b][k] = kernel[c * kTaps + k];
     }
   }

@@ -39,10 +39,11 @@ void clear(T* x, int64_t begin, int64_t end) {
   for (int64_t p = begin; p < end; p += kLanes<T>) store<T>(x + p, Vec<T>{});
 }
 
-// r[q] = relu(u[q] * scale + shift) for the vectors that cover [begin, end), where `begin` starts one.
-template <typename T>
-void rectify(const T* u, T scale, T shift, int64_t begin, int64_t end, T* r) {
-  for (int64_t q = begin; q < end; q += kLanes<T>) store<T>(r + q, relu<T>(load<T>(u + q) * scale + shift));
+// r[q] = relu(BN(u[q])) of branch B for the vectors that cover [begin, end), where `begin` starts one.
+template <typename T, int B>
+void rectify(const T* u, const Channel<T>& channel, int64_t begin, int64_t end, T* r) {
+  const T mean = channel.mean[B], scale = channel.scale[B], bias = channel.bias[B];
+  for (int64_t q = begin; q < end; q += kLanes<T>) store<T>(r + q, relu<T>((load<T>(u + q) - mean) * scale + bias));
 }
 
 // Sums along the three rows that one column of taps reaches.
@@ -100,9 +101,8 @@ void for_each_strip(const Call<T>& call, const Image<const T>& u, const Strip<T>
     for (int64_t group = 0; group < s.channels; group += kGroup) {
       const int64_t stop = group + kGroup < s.channels ? group + kGroup : s.channels;
       for (int64_t c = group; c < stop; ++c) {
-        const Channel<T>& channel = call.channels[c];
         T* to = r + (c - group) * strip.rectified_pitch;
-        rectify(u.row(c), channel.scale[B], channel.shift[B], begin, end, to);
+        rectify<T, B>(u.row(c), call.channels[c], begin, end, to);
         if (end == positions) store<T>(to + positions, Vec<T>{});
       }
       for (int64_t c = group; c < stop; ++c) {
