@@ -64,7 +64,7 @@ VALUES = {
     "large": lambda x: 100 * x,
     "small": lambda x: 1e-3 * x,
     "denormal": lambda x: 1e-40 * x,
-    "far from zero": lambda x: 10 + 0.1 * x,
+    "far from zero": lambda x: 50 + 0.1 * x,
     "constant": lambda x: torch.full_like(x, 1.5),
     "zero": torch.zeros_like,
     "mostly zero": _sparse,

@@ -30,8 +30,9 @@ struct ForwardScratch {
 
 // Mean and squared deviation sum of every channel of one image: to[2 c], to[2 c + 1]. Two passes over data in cache;
 // the second also finds what rounding left in the mean (the corrected two-pass algorithm, Chan, Golub, LeVeque 1983).
+// In double precision, since images are told apart by the differences of their means.
 template <typename T>
-void image_moments(const Call<T>& call, const Image<const T>& u, T* to) {
+void image_moments(const Call<T>& call, const Image<const T>& u, double* to) {
   const int64_t positions = call.sizes.positions(), whole = positions / kLanes<T> * kLanes<T>;
   for (int64_t c = 0; c < call.sizes.channels; ++c) {
     const T* x = u.row(c);
@@ -49,7 +50,7 @@ void image_moments(const Call<T>& call, const Image<const T>& u, T* to) {
       rest_tail += x[p] - mean;
       squares_tail += (x[p] - mean) * (x[p] - mean);
     }
-    const T correction = sum_lanes<T>(rest) + rest_tail;
+    const double correction = sum_lanes<T>(rest) + rest_tail;
     to[2 * c] = mean + correction / positions;
     to[2 * c + 1] = sum_lanes<T>(squares) + squares_tail - correction * correction / positions;
   }
@@ -58,23 +59,23 @@ void image_moments(const Call<T>& call, const Image<const T>& u, T* to) {
 // Mean and biased variance per column from `groups` rows of (mean, squared deviation sum) of equal weight, merged in a
 // fixed order (Chan, Golub, LeVeque 1979).
 template <typename T>
-void merge_moments(const T* moments, int64_t groups, int64_t columns, int64_t weight, T* mean, T* var) {
+void merge_moments(const double* moments, int64_t groups, int64_t columns, int64_t weight, T* mean, T* var) {
   for (int64_t c = 0; c < columns; ++c) {
-    T m = 0, squares = 0;
+    double m = 0, squares = 0;
     for (int64_t g = 0; g < groups; ++g) {
-      const T delta = moments[2 * (g * columns + c)] - m;
-      m += delta / static_cast<T>(g + 1);
-      squares += moments[2 * (g * columns + c) + 1] + delta * delta * weight * g / static_cast<T>(g + 1);
+      const double delta = moments[2 * (g * columns + c)] - m;
+      m += delta / (g + 1);
+      squares += moments[2 * (g * columns + c) + 1] + delta * delta * weight * g / (g + 1);
     }
-    mean[c] = m;
-    var[c] = squares / (static_cast<T>(groups) * weight);
+    mean[c] = static_cast<T>(m);
+    var[c] = static_cast<T>(squares / (static_cast<double>(groups) * weight));
   }
 }
 
 template <typename S, typename T>
 void map_statistics(const Call<T>& call) {
   const Sizes& s = call.sizes;
-  T* moments = shared<T>(call.host, 2 * s.batch * s.channels);
+  double* moments = shared<double>(call.host, 2 * s.batch * s.channels);
   parallel_images(call.host, s.batch, [&](int64_t n) {
     T* scratch = static_cast<T*>(call.host.scratch(s.channels * call.pitch * sizeof(T)));
     const Image<const T> u = load_image<S>(call.args.u, n, s.batch, call.extent, scratch);
