@@ -300,7 +300,7 @@ void logit_gradients(const T* probability, T* logit, int64_t pitch) {
   }
 }
 
-// What one branch of one channel needs in the inner loop of `spread_chunk`.
+// What one branch of one channel needs in the inner loop of `spread_branch`.
 template <typename T>
 struct Branch {
   T mean, scale, bias, inverse;  // BN; xhat = (u - mean) * inverse
