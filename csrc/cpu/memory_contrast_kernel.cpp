@@ -13,8 +13,8 @@
 namespace pyext::cpu::PYEXT_CAPABILITY {
 namespace {
 
-// Rows handled between two looks at anything else: the length of a partial sum in T.
-constexpr int64_t kBlock = 256;
+// Rows of one block: the length of a partial sum in T.
+constexpr int64_t kBlock = 64;
 
 template <typename S>
 class Contrast {
@@ -80,14 +80,15 @@ class Contrast {
   // the other peers in groups.
   template <typename Work>
   void in_blocks(int64_t bank, int64_t first, int64_t count, int64_t b, Work work) const {
-    const S* row[kBlock + 2 * kLanes<T> + kPrefetchRows];
+    constexpr int64_t kAhead = 2 * kLanes<T> + kPrefetchRows;  // multiplied to whole vectors, or prefetched
+    const S* row[kBlock + kAhead];
     const int32_t* rows = args_.rows + b * s_.entries;
     const S* data = static_cast<const S*>(args_.banks[bank]);
     for (int64_t begin = 0; begin < count; begin += kBlock) {
       const int64_t size = count - begin < kBlock ? count - begin : kBlock;
-      for (int64_t k = 0; k < size; ++k) row[k] = data + rows[first + begin + k] * args_.pitch[bank];
-      // Whole vectors of rows are multiplied, and prefetched ahead.
-      for (int64_t k = size; k < size + 2 * kLanes<T> + kPrefetchRows; ++k) row[k] = row[size - 1];
+      const int64_t known = count - begin < size + kAhead ? count - begin : size + kAhead;
+      for (int64_t k = 0; k < known; ++k) row[k] = data + rows[first + begin + k] * args_.pitch[bank];
+      for (int64_t k = known; k < size + kAhead; ++k) row[k] = row[known - 1];
       for (int64_t other = 0; other < s_.others(); other += kMaxPeers) {
         const int64_t left = s_.others() - other;
         if (left == 1) {

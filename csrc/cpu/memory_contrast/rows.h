@@ -94,15 +94,13 @@ inline void score_rows(const S* const* row, int64_t count, const T* const* embed
   for (int p = 0; p < Peers; ++p) scores[p] = sum_lanes_of_each<T>(partial[p]);
 }
 
-// gradient[p] += sum over rows of weight[p][row] * row, for Vectors vectors of columns. Behind the rows are the
-// addresses of as many more as are prefetched ahead.
+// gradient[p] += sum over rows of weight[p][row] * row, for Vectors vectors of columns. The sum is done before it is
+// added: rounding then grows with the number of blocks instead of rows. Behind the rows are the addresses of as many
+// more as are prefetched ahead.
 template <int Peers, int Vectors, typename S, typename T>
 inline void add_columns(const S* const* row, int64_t count, int64_t column, const T* const* weight,
                         T* const* gradient) {
-  Vec<T> sum[Peers][Vectors];
-  for (int p = 0; p < Peers; ++p) {
-    for (int c = 0; c < Vectors; ++c) sum[p][c] = load<T>(gradient[p] + column + c * kLanes<T>);
-  }
+  Vec<T> sum[Peers][Vectors] = {};
   for (int64_t r = 0; r < count; ++r) {
     const S* from = row[r] + column;
     prefetch_row(row[r + kPrefetchRows] + column, Vectors * kLanes<T>);
@@ -117,19 +115,22 @@ inline void add_columns(const S* const* row, int64_t count, int64_t column, cons
     }
   }
   for (int p = 0; p < Peers; ++p) {
-    for (int c = 0; c < Vectors; ++c) store<T>(gradient[p] + column + c * kLanes<T>, sum[p][c]);
+    for (int c = 0; c < Vectors; ++c) {
+      T* to = gradient[p] + column + c * kLanes<T>;
+      store<T>(to, load<T>(to) + sum[p][c]);
+    }
   }
 }
 
 template <int Peers, typename S, typename T>
 inline void add_last_columns(const S* const* row, int64_t count, int64_t column, int64_t n, const T* const* weight,
                              T* const* gradient) {
+  Vec<T> sum[Peers] = {};
   for (int64_t r = 0; r < count; ++r) {
     const Vec<T> x = load_row_end<S, T>(row[r] + column, n);
-    for (int p = 0; p < Peers; ++p) {
-      store<T>(gradient[p] + column, load<T>(gradient[p] + column) + weight[p][r] * x);
-    }
+    for (int p = 0; p < Peers; ++p) sum[p] += weight[p][r] * x;
   }
+  for (int p = 0; p < Peers; ++p) store<T>(gradient[p] + column, load<T>(gradient[p] + column) + sum[p]);
 }
 
 // Gradients are readable and writable up to round_up(features) elements.
