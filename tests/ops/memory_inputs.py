@@ -1,0 +1,92 @@
+"""Inputs of the memory-bank operators for tests, and plain torch's answers and errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyext.ops.memory_contrast import reference
+
+ULPS = 8
+TEMPERATURE = 0.1
+# peers, batch, features, rows of a bank, negatives
+SHAPES = {
+    "one of everything": (2, 1, 1, 1, 1),
+    "few": (3, 4, 7, 11, 5),
+    "more indices than rows": (4, 3, 130, 20, 90),
+    "whole vectors": (4, 5, 128, 60, 33),
+    "more peers than one pass takes": (6, 2, 20, 30, 17),
+}
+
+
+class MemoryInputs(NamedTuple):
+    """Arguments of `memory_contrast`; indices hold duplicates wherever there are more of them than rows."""
+
+    embeddings: Tensor
+    banks: list[Tensor]
+    indices: Tensor
+
+
+def make_memory_inputs(
+    shape: tuple[int, int, int, int, int], dtype: torch.dtype, bank_dtype: torch.dtype | None = None, seed: int = 0
+) -> MemoryInputs:
+    peers, batch, features, rows, negatives = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return F.normalize(torch.randn(size, generator=generator, dtype=torch.float64), dim=-1)
+
+    banks = [normal(rows, features).to(bank_dtype or dtype) for _ in range(peers)]
+    # Embeddings near their own rows, as in training: the positive stands out.
+    indices = torch.randint(0, rows, (batch, negatives + 1), generator=generator)
+    own = torch.stack([bank.double()[indices[:, 0]] for bank in banks])
+    return MemoryInputs(F.normalize(own + normal(peers, batch, features), dim=-1).to(dtype), banks, indices)
+
+
+def loss_and_gradient(inputs: MemoryInputs, call: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+    """`call`'s loss of the inputs, times 1.7 so that the loss's own gradient is not 1, and the gradient."""
+    leaf = inputs.embeddings.detach().requires_grad_()
+    loss = 1.7 * call(leaf, inputs.banks, inputs.indices, temperature=TEMPERATURE)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    return loss.detach(), gradient
+
+
+def in_float64(inputs: MemoryInputs) -> MemoryInputs:
+    return MemoryInputs(inputs.embeddings.double(), [bank.double() for bank in inputs.banks], inputs.indices)
+
+
+def largest_errors(results: tuple[Tensor, ...], truths: tuple[Tensor, ...]) -> list[float]:
+    return [(x.double() - truth).abs().max().item() for x, truth in zip(results, truths, strict=True)]
+
+
+def assert_contrast_is_exact(inputs: MemoryInputs, results: tuple[Tensor, Tensor]) -> None:
+    """Loss and gradient: errors at most twice plain torch's in the same dtypes, plus a few ulps of the largest value.
+
+    Plain torch's rounding errors can cancel by luck, so its error is the worst of eight inputs within about 1%.
+    """
+    truths = loss_and_gradient(in_float64(inputs), reference)
+    plain = [0.0, 0.0]
+    generator = torch.Generator().manual_seed(0)
+    for trial in range(8):
+        noise = 0.01 * torch.randn(inputs.embeddings.shape, generator=generator) if trial else torch.zeros(())
+        near = inputs._replace(embeddings=(inputs.embeddings * (1 + noise)).to(inputs.embeddings.dtype))
+        errors = largest_errors(loss_and_gradient(near, reference), loss_and_gradient(in_float64(near), reference))
+        plain = [max(pair) for pair in zip(plain, errors, strict=True)]
+    for name, x, truth, plain_error in zip(("loss", "gradient"), results, truths, plain, strict=True):
+        error, largest = (x.double() - truth).abs().max().item(), truth.abs().max().item()
+        bound = 1e-9 * max(1.0, largest)
+        if x.dtype != torch.float64:
+            bound = 2 * plain_error + ULPS * torch.finfo(x.dtype).eps * largest
+        assert error <= bound, f"{name}: error {error:.3g}, plain torch {plain_error:.3g}, largest value {largest:.3g}"
+
+
+def assert_banks_are_exact(actual: list[Tensor], expected: list[Tensor], truth: list[Tensor]) -> None:
+    """Rows after an update against float64 truth, by the same rule; `expected` is plain torch in the banks' dtype."""
+    for x, plain, exact in zip(actual, expected, truth, strict=True):
+        plain_error = (plain.double() - exact).abs().max().item()
+        bound = 1e-12 if x.dtype == torch.float64 else 2 * plain_error + ULPS * torch.finfo(x.dtype).eps
+        assert (x.double() - exact).abs().max().item() <= bound
