@@ -54,7 +54,7 @@ def score_kernel(
     bank, embeddings, rows, weights, partial, bank_number, pitch, images, entries, features, others, per_temperature,
     PEERS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Exponentials of one block of an image's entries for all pairs of a bank, and their sums, partial[p, image, block]."""
+    """Exponentials of a block of an image's entries for all pairs of a bank, and their sums, partial[p, image, block]."""
     blocks = tl.cdiv(entries, BLOCK_K)
     image = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
@@ -81,7 +81,7 @@ def weight_kernel(weights, normaliser, losses, images, entries, noise, epsilon, 
     vector = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
     k = block * BLOCK + tl.arange(0, BLOCK)
-    s = tl.load(weights + vector * entries + k, k < entries, 0.0) / tl.load(normaliser + vector // images)
+    s = tl.load(weights + vector * entries + k, k < entries, 1.0) / tl.load(normaliser + vector // images)
     shifted = noise + epsilon
     positive = k == 0
     loss = _log1p(tl.where(positive, shifted / s, (s + epsilon) / noise))
@@ -102,7 +102,7 @@ def gradient_kernel(
     column, other = tl.arange(0, BLOCK_D), tl.arange(0, PEERS)
     offset = _weight_offset(bank_number, other, others, image, images, entries)
     total = tl.zeros((PEERS, BLOCK_D), tl.float32)
-    for start in range(0, SPLIT, BLOCK_K):
+    for start in range(0, tl.minimum(entries - split * SPLIT, SPLIT), BLOCK_K):
         k = split * SPLIT + start + tl.arange(0, BLOCK_K)
         row = tl.load(rows + image * entries + k, k < entries, -1)
         inside = (other < others)[:, None] & (k < entries)[None, :]

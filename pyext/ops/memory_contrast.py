@@ -235,9 +235,12 @@ def _setup_context(ctx, inputs, output):
     ctx.num_banks = len(banks)
     ctx.save_for_backward(embeddings, *banks, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # zeros for the gradient of the weights would be as large as they are
 
 
 def _backward(op, ctx, grad_loss, *_):
+    if grad_loss is None:
+        return None, [None] * ctx.num_banks, None, None, None
     embeddings, *rest = ctx.saved_tensors
     banks, (rows, weights) = rest[: ctx.num_banks], rest[ctx.num_banks :]
     grad = op(grad_loss, embeddings, banks, rows, weights, ctx.temperature)

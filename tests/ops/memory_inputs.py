@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyext.ops.memory_contrast import reference
+from pyext.ops.memory_contrast import EPSILON, reference
 
 ULPS = 8
 TEMPERATURE = 0.1
@@ -90,3 +90,37 @@ def assert_banks_are_exact(actual: list[Tensor], expected: list[Tensor], truth: 
         plain_error = (plain.double() - exact).abs().max().item()
         bound = 1e-12 if x.dtype == torch.float64 else 2 * plain_error + ULPS * torch.finfo(x.dtype).eps
         assert (x.double() - exact).abs().max().item() <= bound
+
+
+def _exponentials(embeddings: Tensor, inputs: MemoryInputs) -> Tensor:
+    """exp(score / T), (pairs, batch, entries), in the order of the reference."""
+    pairs = [(i, j) for i in range(len(inputs.banks)) for j in range(len(inputs.banks)) if i != j]
+    scores = [torch.einsum("bkd,bd->bk", inputs.banks[i][inputs.indices], embeddings[j]) for i, j in pairs]
+    return torch.exp(torch.stack(scores) / TEMPERATURE)
+
+
+class _ConstantNormaliser(torch.autograd.Function):
+    """Value: the definition, with the normalisers of the inputs as constants. Gradient: the operator's."""
+
+    @staticmethod
+    def forward(ctx, embeddings, operator, inputs):
+        ctx.operator, ctx.inputs = operator, inputs
+        ctx.save_for_backward(embeddings)
+        samples, negatives = len(inputs.banks[0]), inputs.indices.shape[1] - 1
+        normalisers = samples * _exponentials(inputs.embeddings, inputs).mean((1, 2), keepdim=True)
+        s, noise = _exponentials(embeddings, inputs) / normalisers, negatives / samples
+        terms = torch.cat([s[..., :1] / (s[..., :1] + noise + EPSILON), noise / (s[..., 1:] + noise + EPSILON)], dim=2)
+        return -terms.log().sum() / len(inputs.indices)
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        leaf = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            loss = ctx.operator(leaf, ctx.inputs.banks, ctx.inputs.indices, temperature=TEMPERATURE, backend="cpu")
+        return torch.autograd.grad(loss, leaf, grad_loss)[0], None, None
+
+
+def with_constant_normaliser(operator: Callable[..., Tensor], inputs: MemoryInputs) -> Callable[[Tensor], Tensor]:
+    """What gradcheck can check: differences of the operator itself would see its normaliser move, which is detached."""
+    constant = inputs._replace(embeddings=inputs.embeddings.detach().clone())
+    return lambda embeddings: _ConstantNormaliser.apply(embeddings, operator, constant)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from inputs import make_inputs
+from memory_inputs import SHAPES, TEMPERATURE, make_memory_inputs, with_constant_normaliser
 
 import pyext
 from pyext._backend import BACKENDS, OPERATORS
@@ -24,6 +25,17 @@ def _backward_inputs(dtype, training):
     return (torch.randn_like(u), u, parameters, running, *saved, *rest)
 
 
+def _memory_inputs(kind, dtype):
+    embeddings, banks, indices = make_memory_inputs(SHAPES["few"], dtype)
+    if kind == "memory_update":
+        return banks, embeddings, indices[:, 0], 0.3
+    if kind == "memory_contrast":
+        return embeddings.requires_grad_(), banks, indices, TEMPERATURE, None
+    assert kind == "memory_contrast_backward"
+    loss, rows, weights = torch.ops.pyext.memory_contrast(embeddings, banks, indices, TEMPERATURE, None)
+    return torch.ones_like(loss), embeddings, banks, rows, weights, TEMPERATURE
+
+
 def _samples(name: str, training: bool):
     """Arguments and keywords of one call of operator `name`; KeyError for one that nobody wrote samples for."""
     dtype = torch.float32 if "triton" in name else torch.float64
@@ -35,6 +47,8 @@ def _samples(name: str, training: bool):
         return arguments, {"out": torch.zeros_like(arguments[0])}
     if kind == "gated_excitation_backward":
         return _backward_inputs(dtype, training), {}
+    if kind.startswith("memory_"):
+        return _memory_inputs(kind, dtype), {}
     raise KeyError(f"no sample inputs for operator {name}: add them here")
 
 
@@ -50,16 +64,24 @@ def test_opcheck(name, training):
     torch.library.opcheck(getattr(torch.ops.pyext, name.removeprefix("pyext::")).default, arguments, keywords)
 
 
+def _differentiable_call(name: str, training: bool):
+    """A function of differentiable tensors that calls operator `name`, and the tensors; KeyError as above."""
+    operator = getattr(pyext.ops, name)
+    if name == "gated_excitation":
+        u, parameters, running = make_inputs(3, 3, 3, 4, forget=2, attention=2, dtype=torch.float64, seed=4)
+        states = None if training else running
+        return lambda u, *parameters: operator(u, parameters, states, backend="cpu"), (u, *parameters)
+    if name == "memory_contrast":
+        inputs = make_memory_inputs(SHAPES["few"], torch.float64)
+        return with_constant_normaliser(operator, inputs), (inputs.embeddings,)
+    raise KeyError(f"no differentiable call of operator {name}: add it here")
+
+
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("name", sorted(OPERATORS))
+@pytest.mark.parametrize("name", sorted(name for name, operator in OPERATORS.items() if operator.differentiable))
 def test_gradcheck(name, training):
-    u, parameters, running = make_inputs(3, 3, 3, 4, forget=2, attention=2, dtype=torch.float64, seed=4)
-
-    def call(u, *parameters):
-        return getattr(pyext.ops, name)(u, parameters, None if training else running, backend="cpu")
-
-    leaves = [x.requires_grad_() for x in (u, *parameters)]
-    assert torch.autograd.gradcheck(call, leaves)
+    call, leaves = _differentiable_call(name, training)
+    assert torch.autograd.gradcheck(call, [x.requires_grad_() for x in leaves])
 
 
 def test_every_operator_has_every_backend():

@@ -34,7 +34,9 @@ SHAPES = {
     "sm_100": [(64, 28, 28, "bfloat16", "nchw")],
     "sm_120": [(64, 28, 28, "float32", "nchw")],
 }
-MODULES = ("gated_excitation",)
+# peers, features, negatives, dtype of the banks.
+MEMORY_SHAPES = [(4, 128, 4096, "float32"), (2, 64, 255, "bfloat16"), (4, 130, 255, "float16")]
+MODULES = ("gated_excitation", "memory_contrast", "memory_update")
 SHARED_LIMIT = 48 * 1024  # what every GPU grants without asking
 
 
@@ -95,6 +97,19 @@ def _launch_gated_excitation(channels: int, height: int, width: int, dtype: str,
         kernels.backward(out, u, parameters, statistics, *saved, not statistics, 1e-5)
 
 
+def _launch_memory(peers: int, features: int, negatives: int, dtype: str) -> None:
+    import torch
+    from memory_inputs import TEMPERATURE, make_memory_inputs
+
+    from pyext.triton_kernels import memory_contrast, memory_update
+
+    shape = (peers, 3, features, 50, negatives)
+    embeddings, banks, indices = make_memory_inputs(shape, torch.float32, getattr(torch, dtype))
+    loss, *saved = memory_contrast.forward(embeddings, banks, indices, TEMPERATURE)
+    memory_contrast.backward(loss, embeddings, banks, *saved, TEMPERATURE)
+    memory_update.update(banks, embeddings, indices[:, 0], 0.5)
+
+
 def _kernels() -> set[str]:
     """Every kernel of every module: a @triton.jit function whose name is public, helpers being private."""
     import importlib
@@ -108,9 +123,11 @@ def _kernels() -> set[str]:
 
 def main(architecture: str) -> None:
     rows = _record(int(architecture.removeprefix("sm_")))
-    for shape in SHAPES[architecture]:
+    launches = [(_launch_gated_excitation, shape) for shape in SHAPES[architecture]]
+    launches += [(_launch_memory, shape) for shape in MEMORY_SHAPES]
+    for launch, shape in launches:
         before = len(rows)
-        _launch_gated_excitation(*shape)
+        launch(*shape)
         for row in rows[before:]:
             row["shape"] = shape
     print(json.dumps({"kernels": sorted(_kernels()), "rows": rows}))
