@@ -54,7 +54,7 @@ def score_kernel(
     bank, embeddings, rows, weights, partial, bank_number, pitch, images, entries, features, others, per_temperature,
     PEERS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Exponentials of a block of an image's entries for all pairs of a bank, and their sums, partial[p, image, block]."""
+    """Exponentials of a block of an image's entries for all pairs of a bank; their sums, partial[p, image, block]."""
     blocks = tl.cdiv(entries, BLOCK_K)
     image = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks

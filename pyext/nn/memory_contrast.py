@@ -37,6 +37,10 @@ class _Memory(nn.Module):
         return [bank for name, bank in self.named_buffers() if name != "params"]
 
 
+def _finish_update(module: MemoryContrast, *_: object) -> None:
+    module.update()
+
+
 class MemoryContrast(nn.Module):
     """Loss that pulls each peer's embedding of an image towards the other peers' memories of it.
 
@@ -95,7 +99,7 @@ class MemoryContrast(nn.Module):
         self._pending: tuple[Tensor, Tensor] | None = None
         if labels is not None:
             self.set_labels(labels)
-        self.register_state_dict_pre_hook(lambda module, *_: module.update())
+        self.register_state_dict_pre_hook(_finish_update)
 
     def extra_repr(self) -> str:
         return (
