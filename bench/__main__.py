@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from bench import memory, table, test_gated_excitation, test_hcgnet
+from bench import memory, table, test_gated_excitation, test_hcgnet, test_memory_contrast
 from bench.case import Case, Gate
 from bench.machine import TUNABLES, facts, load
 from bench.peers import forget_compiled, missing_engines
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace, effort: Effort) -> table.Report:
 
 
 def _cases(options: argparse.Namespace) -> Iterator[Case]:
-    for file in (test_gated_excitation, test_hcgnet):
+    for file in (test_gated_excitation, test_memory_contrast, test_hcgnet):
         yield from (case for case in file.cases(options.device) if options.only in case.name)
 
 
