@@ -8,13 +8,16 @@ namespace {
 
 // More accumulators than registers would hold are of no use: peers beyond these take another pass over the row.
 constexpr int kMaxPeers = 3;
-constexpr int kAccumulators = kVectorBytes == 64 ? 24 : 12;
+// Enough chains of additions for the latency of one.
+constexpr int kScoreAccumulators = 12;
+// All of a row of 128 features stays in flight where there are 32 registers of 64 bytes.
+constexpr int kGradientAccumulators = kVectorBytes == 64 ? 24 : 12;
 constexpr int64_t kPrefetchRows = 16;
 
 template <typename S, typename T>
 inline Vec<T> load_row(const S* p) {
   if constexpr (std::is_same_v<S, T>) {
-    return load<T>(p);
+    return load_once<T>(p);  // else each peer's product loads the row again
   } else if constexpr (std::is_same_v<S, BFloat16>) {
     typedef uint16_t Bits __attribute__((vector_size(kVectorBytes / 2)));
     typedef uint32_t Wide __attribute__((vector_size(kVectorBytes)));
@@ -47,7 +50,7 @@ constexpr int power_below(int n) { return n < 2 ? 1 : 2 * power_below(n / 2); }
 // Rows whose products with Peers embeddings are accumulated in registers at once.
 template <typename T, int Peers>
 constexpr int kRowsAtOnce =
-    power_below(kAccumulators / Peers) < kLanes<T> ? power_below(kAccumulators / Peers) : kLanes<T>;
+    power_below(kScoreAccumulators / Peers) < kLanes<T> ? power_below(kScoreAccumulators / Peers) : kLanes<T>;
 
 // partial[p][r]: lanes whose sum is the product of row r with embedding p.
 template <int Peers, typename S, typename T, int Rows = kRowsAtOnce<T, Peers>>
@@ -137,7 +140,7 @@ inline void add_last_columns(const S* const* row, int64_t count, int64_t column,
 template <int Peers, typename S, typename T>
 inline void add_weighted_rows(const S* const* row, int64_t count, int64_t features, const T* const* weight,
                               T* const* gradient) {
-  constexpr int kWide = power_below(kAccumulators / Peers);
+  constexpr int kWide = power_below(kGradientAccumulators / Peers);
   int64_t column = 0;
   for (; column + kWide * kLanes<T> <= features; column += kWide * kLanes<T>) {
     add_columns<Peers, kWide>(row, count, column, weight, gradient);
