@@ -118,7 +118,7 @@ def measure(names: Iterable[str]) -> tuple[list[Launch], list[str]]:
     for name in names:
         for shape, dtype, layout in SAMPLES[name].usual:
             large = Shape((BATCH, *shape.input[1:]), shape.others)
-            for mode in MODES:
+            for mode in MODES if SAMPLES[name].differentiable else MODES[:1]:
                 for backend in BACKENDS:
                     label = f"{name} {mode} {large} {dtype} {layout}, {backend}".replace("torch.", "")
                     call = SAMPLES[name].draw(large, dtype, dtype, layout, 0).to(torch.device("cuda"))

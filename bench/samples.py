@@ -6,7 +6,7 @@ An operator without an entry in `SAMPLES` fails the tests that enumerate; a new 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,15 +14,15 @@ from torch import Tensor
 from bench.peers import from_tests
 from pyext import ops
 from pyext.ops.gated_excitation import PARAMETERS, RUNNING, reference
-
-LAYOUTS = ("nchw", "channels_last", "slice")
+from pyext.ops.memory_contrast import reference as contrast_reference
+from pyext.ops.memory_update import reference as update_reference
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a sample's input (N, C, H, W) and of what else the operator has."""
+    """Sizes of a sample's input, images first, as (N, C, H, W), and of what else the operator has."""
 
-    input: tuple[int, int, int, int]
+    input: tuple[int, ...]
     others: Mapping[str, int]
 
     def __str__(self) -> str:
@@ -31,14 +31,18 @@ class Shape:
 
 @dataclass(frozen=True)
 class Call:
-    """The tensors of one call: what gradients are asked of (the input map first), and what training mode moves."""
+    """The tensors of one call: what gradients are asked of (the main input first), what training mode moves, and
+    integers."""
 
     leaves: dict[str, Tensor]
     state: dict[str, Tensor]
+    indices: dict[str, Tensor] = field(default_factory=dict)
 
     def to(self, *to: torch.device | torch.dtype) -> Call:
         """Copies on a device, in a dtype, with the strides that they have where they are dense."""
-        return Call(*({k: x.detach().to(*to, copy=True) for k, x in d.items()} for d in (self.leaves, self.state)))
+        devices = [x for x in to if isinstance(x, torch.device)]
+        moved = [{k: x.detach().to(*to, copy=True) for k, x in d.items()} for d in (self.leaves, self.state)]
+        return Call(*moved, {k: x.to(*devices, copy=True) for k, x in self.indices.items()})
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,9 @@ class Samples:
 
     `draw(shape, dtype, parameter_dtype, layout, seed)` gives a CPU `Call`. `run(call, training, **options)` calls
     the operator with `options` (backend, out) and gives its output; `reference` does so in plain torch. Vectors and
-    blocks do not divide the `odd` shapes; the `usual` ones, with dtype and layout, are those of networks.
+    blocks do not divide the `odd` shapes; the `usual` ones, with dtype and layout, are those of networks. The other
+    fields say what applies: whether there are gradients and an `out`, and whether the main input's first dimension is
+    a batch of any size whose images do not know of each other.
     """
 
     draw: Callable[[Shape, torch.dtype, torch.dtype, str, int], Call]
@@ -55,6 +61,10 @@ class Samples:
     reference: Callable[[Call, bool], Tensor]
     odd: Mapping[str, Shape]
     usual: tuple[tuple[Shape, torch.dtype, str], ...]
+    layouts: tuple[str, ...] = ("nchw", "channels_last", "slice")
+    differentiable: bool = True
+    takes_out: bool = True
+    independent_images: bool = True
 
 
 def _draw_gated_excitation(
@@ -82,6 +92,63 @@ def _gated_excitation(n: int, c: int, height: int, width: int) -> Shape:
     return Shape((n, c, height, width), {"forget": max(2, c // 2), "attention": max(2, c)})
 
 
+def _draw_banks(shape: Shape, dtype: torch.dtype, parameter_dtype: torch.dtype, layout: str, seed: int) -> Call:
+    """Embeddings (peers, images, features), banks, and indices whose first column is the images' own."""
+    inputs = from_tests("ops/memory_inputs.py")
+    images, peers, features = shape.input
+    sizes = (peers, images, features, shape.others["rows"], shape.others["negatives"])
+    embeddings, banks, indices = inputs.make_memory_inputs(sizes, dtype, seed=seed)
+    banks = [bank.to(parameter_dtype) for bank in banks]
+    if layout == "wider rows":
+        banks = [inputs.in_larger_rows(bank) for bank in banks]
+    state = {f"banks[{i}]": bank for i, bank in enumerate(banks)}
+    return Call({"embeddings": embeddings}, state, {"indices": indices})
+
+
+def _run_memory_contrast(call: Call, training: bool, **options: object) -> Tensor:
+    return ops.memory_contrast(call.leaves["embeddings"], list(call.state.values()), call.indices["indices"], **options)
+
+
+def _reference_memory_contrast(call: Call, training: bool) -> Tensor:
+    return contrast_reference(call.leaves["embeddings"], list(call.state.values()), call.indices["indices"])
+
+
+def _moved_banks(update: Callable[..., None], call: Call, **options: object) -> Tensor:
+    """The banks after an update of them, which is taken back so that the call can be repeated."""
+    banks, before = list(call.state.values()), torch.stack(list(call.state.values()))
+    update(banks, call.leaves["embeddings"].detach(), call.indices["indices"][:, 0], **options)
+    moved = torch.stack(banks)
+    for bank, old in zip(banks, before, strict=True):
+        bank.copy_(old)
+    return moved
+
+
+def _run_memory_update(call: Call, training: bool, **options: object) -> Tensor:
+    return _moved_banks(ops.memory_update, call, **options)
+
+
+def _reference_memory_update(call: Call, training: bool) -> Tensor:
+    return _moved_banks(update_reference, call)
+
+
+def _banks(images: int, peers: int, features: int, rows: int, negatives: int) -> Shape:
+    return Shape((images, peers, features), {"rows": rows, "negatives": negatives})
+
+
+_ODD_BANKS = {
+    "odd": _banks(4, 3, 7, 11, 5),
+    "one of everything": _banks(1, 2, 1, 1, 1),
+    "more indices than rows": _banks(3, 4, 130, 20, 90),
+    "whole vectors": _banks(5, 4, 128, 60, 33),
+    "more peers than one pass takes": _banks(2, 6, 20, 30, 17),
+    "several blocks": _banks(2, 3, 150, 40, 2100),
+}
+_USUAL_BANKS = (
+    (_banks(2, 4, 128, 200, 4096), torch.float32, "rows"),
+    (_banks(2, 4, 128, 200, 4096), torch.bfloat16, "rows"),
+    (_banks(2, 2, 64, 200, 255), torch.float16, "wider rows"),
+)
+
 SAMPLES = {
     "gated_excitation": Samples(
         _draw_gated_excitation,
@@ -103,5 +170,26 @@ SAMPLES = {
             (_gated_excitation(2, 64, 28, 28), torch.bfloat16, "channels_last"),
             (_gated_excitation(2, 430, 7, 7), torch.float32, "nchw"),
         ),
+    ),
+    "memory_contrast": Samples(
+        _draw_banks,
+        _run_memory_contrast,
+        _reference_memory_contrast,
+        odd=_ODD_BANKS,
+        usual=_USUAL_BANKS,
+        layouts=("rows", "wider rows"),
+        takes_out=False,
+        independent_images=False,
+    ),
+    "memory_update": Samples(
+        _draw_banks,
+        _run_memory_update,
+        _reference_memory_update,
+        odd=_ODD_BANKS,
+        usual=_USUAL_BANKS,
+        layouts=("rows", "wider rows"),
+        differentiable=False,
+        takes_out=False,
+        independent_images=False,
     ),
 }

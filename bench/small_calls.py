@@ -18,7 +18,7 @@ def run_all(device: torch.device, names: Sequence[str], backends: Sequence[str])
     calls = 0
     for name in names:
         for index, shape in enumerate(SAMPLES[name].odd.values()):
-            layout = ("nchw", "channels_last")[index % 2]
+            layout = SAMPLES[name].layouts[index % 2]
             dtype = (torch.float32, torch.bfloat16, torch.float16)[index % 3]
             drawn = SAMPLES[name].draw(shape, dtype, dtype, layout, 0)
             for backend in backends:
@@ -32,6 +32,8 @@ def _run(name: str, call: Call, backend: str) -> int:
     """Inference, then forward and backward with running and with the batch's statistics."""
     with torch.no_grad():
         SAMPLES[name].run(call, False, backend=backend)
+    if not SAMPLES[name].differentiable:
+        return 1
     leaves = [leaf.requires_grad_() for leaf in call.leaves.values()]
     for training in (False, True):
         out = SAMPLES[name].run(call, training, backend=backend)

@@ -13,6 +13,14 @@
 #define GATED_EXCITATION_SAVED \
   "Tensor position, Tensor pooled, Tensor hidden, Tensor map_statistics, Tensor hidden_statistics"
 
+#define MEMORY_CONTRAST                                                                                   \
+  "(Tensor embeddings, Tensor[] banks, Tensor indices, float temperature, bool? tiled) -> (Tensor loss, " \
+  "Tensor rows, Tensor weights)"
+#define MEMORY_CONTRAST_BACKWARD                                                                          \
+  "(Tensor grad_loss, Tensor embeddings, Tensor[] banks, Tensor rows, Tensor weights, float temperature)" \
+  " -> Tensor grad_embeddings"
+#define MEMORY_UPDATE "(Tensor(a!)[] banks, Tensor embeddings, Tensor index, float momentum) -> ()"
+
 STABLE_TORCH_LIBRARY(pyext, m) {
   m.def("gated_excitation(" GATED_EXCITATION_INPUTS ", bool save) -> (Tensor out, " GATED_EXCITATION_SAVED ")");
   m.def("gated_excitation_triton(" GATED_EXCITATION_INPUTS ", bool save) -> (Tensor out, " GATED_EXCITATION_SAVED ")");
@@ -22,4 +30,10 @@ STABLE_TORCH_LIBRARY(pyext, m) {
         ", *, Tensor(a!) out) -> (Tensor map_statistics, Tensor hidden_statistics)");
   m.def("gated_excitation_backward" GATED_EXCITATION_BACKWARD);
   m.def("gated_excitation_backward_triton" GATED_EXCITATION_BACKWARD);
+  m.def("memory_contrast" MEMORY_CONTRAST);
+  m.def("memory_contrast_triton" MEMORY_CONTRAST);
+  m.def("memory_contrast_backward" MEMORY_CONTRAST_BACKWARD);
+  m.def("memory_contrast_backward_triton" MEMORY_CONTRAST_BACKWARD);
+  m.def("memory_update" MEMORY_UPDATE);
+  m.def("memory_update_triton" MEMORY_UPDATE);
 }

@@ -44,6 +44,7 @@ class Operator:
 
     name: str
     cannot_run: Mapping[str, Callable[..., str | None]] = field(repr=False)
+    differentiable: bool = True
 
     def choose(self, requested: str | None, *args: Any) -> str:
         """Name of the backend that runs for `args`; `requested` overrides `pyext.backend` and ``PYEXT_BACKEND``."""

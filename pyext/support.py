@@ -30,8 +30,9 @@ def matrix() -> str:
     for name, operator in sorted(OPERATORS.items()):
         for backend in operator.cannot_run:
             kept = [str(d).removeprefix("torch.") for d in DTYPES if not _refuses_dtype(name, backend, d)]
-            twice = "yes" if backend == "reference" else "no, refused in words"
-            row = (name, backend, _DEVICES[backend], ", ".join(kept), "yes", twice, "yes")
+            once = "yes" if operator.differentiable else "no"
+            twice = "no" if once == "no" else "yes" if backend == "reference" else "no, refused in words"
+            row = (name, backend, _DEVICES[backend], ", ".join(kept), once, twice, "yes")
             lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
 

@@ -2,32 +2,10 @@
 // which is compiled once per instruction set and therefore includes no torch or container header.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
-
+#include "cpu/kernel.h"
 #include "math/gated_excitation.h"
 
 namespace pyext::cpu {
-
-enum class DType { kFloat, kDouble, kBFloat16, kHalf };
-
-// A tensor (N, C, H, W) with strides in elements.
-struct Map {
-  void* data;
-  int64_t stride[4];
-};
-
-// Services of the caller that a kernel may use.
-struct Host {
-  void* self;
-  int64_t threads;
-  // Runs work(context, task) for every task in [0, tasks), on several threads.
-  void (*parallel)(int64_t tasks, void (*work)(void* context, int64_t task), void* context);
-  // Memory of the calling thread, 64-byte aligned, valid until its next call from the same thread.
-  void* (*scratch)(size_t bytes);
-  // Memory for the whole call, 64-byte aligned.
-  void* (*shared)(void* self, size_t bytes);
-};
 
 // Buffers of the accumulate type unless said otherwise; null where the caller did not ask.
 struct GatedExcitation {

@@ -1,4 +1,4 @@
-// The Host services of csrc/cpu/gated_excitation.h on top of torch: its thread pool and its allocator.
+// The Host services of csrc/cpu/kernel.h on top of torch: its thread pool and its allocator.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -8,7 +8,7 @@
 #include <new>
 #include <vector>
 
-#include "cpu/gated_excitation.h"
+#include "cpu/kernel.h"
 
 namespace pyext::cpu {
 

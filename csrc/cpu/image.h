@@ -2,7 +2,7 @@
 // Included by kernels that are compiled once per instruction set: internal linkage throughout.
 #pragma once
 
-#include "cpu/gated_excitation.h"
+#include "cpu/kernel.h"
 #include "cpu/vector.h"
 
 namespace {

@@ -2,12 +2,14 @@
 
 from pyext.nn.drop_block import DropBlock2d, drop_block_probability, set_drop_block_epoch
 from pyext.nn.hcgnet import SMG, GatedExcitation, HybridBlock, Transition
+from pyext.nn.memory_contrast import MemoryContrast
 
 __all__ = [
     "SMG",
     "DropBlock2d",
     "GatedExcitation",
     "HybridBlock",
+    "MemoryContrast",
     "Transition",
     "drop_block_probability",
     "set_drop_block_epoch",

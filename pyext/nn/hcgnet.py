@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyext.nn.drop_block import DropBlock2d
 from pyext.nn.memory_format import memory_format_of, to_convolution_format
-from pyext.ops import gated_excitation
+from pyext.ops.gated_excitation import gated_excitation
 
 
 def has_forward_hooks(module: Any) -> bool:

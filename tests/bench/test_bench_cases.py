@@ -7,6 +7,7 @@ import torch
 
 from bench import test_gated_excitation as operator
 from bench import test_hcgnet as networks
+from bench import test_memory_contrast as memory_bank
 from bench.case import Gate
 from bench.peers import Subject, gradient_runner, step_runner
 from pyext.models.hcgnet import HCGNet
@@ -17,7 +18,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_case_has_a_name_of_its_own_and_peers_to_beat(device):
     device = torch.device(device)
-    cases = [*operator.cases(device), *networks.cases(device)]
+    cases = [*operator.cases(device), *memory_bank.cases(device), *networks.cases(device)]
     assert len({case.name for case in cases}) == len(cases)
     for case in cases:
         names = [contender.name for contender in case.contenders]
@@ -85,3 +86,22 @@ def test_training_results_do_not_depend_on_what_ran_before(step):
     again = runner.results()
     assert set(first) == set(again) == {"grad_parameters", "running", *(["loss"] if step else ["out", "grad_u"])}
     assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_memory_contrast_work_is_that_of_the_definition():
+    few, many = memory_bank.work(256), memory_bank.work(16384)
+    assert few.bytes == 2 * (4 * 64 * 257 * 128 * 4 + 12 * 64 * 257 * 4)
+    assert many.bytes == 2 * (4 * 50_000 * 128 * 4 + 12 * 64 * 16385 * 4)
+    assert many.operations == 2 * 2 * 12 * 64 * 16385 * 128
+
+
+def test_contenders_pass_memory_contrasts_gate(monkeypatch):
+    monkeypatch.setattr(memory_bank, "SAMPLES", 40)
+    monkeypatch.setattr(memory_bank, "BATCH", 5)
+    case = memory_bank._case(256, CPU)
+    gate = Gate(case)
+    for contender in case.contenders:
+        if not contender.name.startswith("torch.compile"):
+            runner = contender.build()
+            runner.run()
+            gate.check(contender, runner.results())

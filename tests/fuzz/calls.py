@@ -9,7 +9,7 @@ from typing import Any
 import hypothesis.strategies as st
 import torch
 from described import Case, Description
-from layouts import LAYOUTS, VALUES, in_layout
+from layouts import VALUES, in_layout
 from torch import Tensor
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -48,19 +48,19 @@ def _strided(x: Tensor) -> Tensor:
 def draw_call(draw: Any, description: Description, dtype: torch.dtype) -> Drawn:
     """A call with finite values."""
     case = description.draw(draw, dtype)
-    values, layout = draw(st.sampled_from(list(VALUES))), draw(st.sampled_from(list(LAYOUTS)))
+    values, layout = draw(st.sampled_from(description.values)), draw(st.sampled_from(description.layouts))
     main = in_layout(VALUES[values](case.main.double()).to(dtype), layout)
     others = list(case.inputs.values())[1:]
     if draw(st.booleans()):
         others = [_strided(x) for x in others]
     names = list(case.inputs)
     some = st.lists(st.sampled_from(names), min_size=1, unique=True)
-    chosen = draw(st.one_of(st.just(names), st.just([]), some))
+    chosen = draw(st.one_of(st.just(names), st.just([]), some)) if description.differentiable else []
     return Drawn(
         case.with_inputs([main, *others]),
         tuple(name for name in names if name in chosen),
         draw(st.integers(0, 2**31)),
-        draw(st.sampled_from(list(LAYOUTS))),
+        draw(st.sampled_from(description.gradient_layouts)),
         values,
         layout,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import hypothesis.strategies as st
@@ -53,15 +54,14 @@ def refused(description, case: Case, backend: str, words, **options) -> None:
     assert any(word in str(caught.value) for word in words), f"none of {words} in: {caught.value}"
 
 
-every_operator = pytest.mark.parametrize("name", sorted(OPERATORS))
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
-def on_every_operator_and_backend(prove):
+def on_every_operator_and_backend(prove, applies=lambda description: True):
     """A test of `prove(description, backend, case, draw)` for every operator and backend, on drawn float32 calls."""
 
     @every_backend
-    @every_operator
+    @pytest.mark.parametrize("name", sorted(name for name in OPERATORS if applies(description_of(name))))
     def test(name, backend):
         @given(st.data())
         def example(data):
@@ -82,10 +82,10 @@ def test_one_tensor_is_wrong(description, backend, case, draw):
     name = draw(st.sampled_from(list(tensors)))
     change = draw(st.sampled_from(CHANGES))
     wrong = with_tensor(case, name, change(draw, description, case, tensors[name]))
-    refused(description, wrong, backend, list(tensors) if name in description.sizing else [name])
+    refused(description, wrong, backend, [*tensors, *case.options] if name in description.sizing else [name])
 
 
-@on_every_operator_and_backend
+@functools.partial(on_every_operator_and_backend, applies=lambda description: description.counted)
 def test_wrong_number_of_tensors(description, backend, case, draw):
     """The message says what there are too few or too many of."""
     names = list(case.inputs)[1:]
@@ -97,7 +97,7 @@ def test_wrong_number_of_tensors(description, backend, case, draw):
     refused(description, wrong, backend, description.counted)
 
 
-@on_every_operator_and_backend
+@functools.partial(on_every_operator_and_backend, applies=lambda description: description.takes_out)
 def test_out_is_wrong(description, backend, case, draw):
     """Another shape, dtype or device than the result's."""
     change = draw(st.sampled_from(CHANGES))

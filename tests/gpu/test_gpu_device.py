@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from operators import DEVICE, draw, each_backend, each_mode, each_operator, on_device
+from operators import DEVICE, draw, each_backend, each_mode, each_operator, each_operator_with, on_device
 
 from bench.resources import report, triton_kernels
 from bench.samples import SAMPLES
@@ -42,7 +42,7 @@ def test_is_captured_in_a_cuda_graph(name, backend, training):
 
     def step():
         out = samples.run(call, training, backend=backend)
-        return out, *torch.autograd.grad(out.sum(), leaves)
+        return out, *(torch.autograd.grad(out.sum(), leaves) if samples.differentiable else ())
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -62,7 +62,7 @@ def test_is_captured_in_a_cuda_graph(name, backend, training):
 
 
 @each_backend
-@each_operator
+@each_operator_with("independent_images")
 def test_more_than_two_to_the_31_elements(name, backend):
     samples = SAMPLES[name]
     call = on_device(draw(name, torch.bfloat16))

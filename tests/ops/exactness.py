@@ -91,7 +91,7 @@ def _over_bound(
 def assert_as_exact(
     evaluate: Evaluate, u: Tensor, parameters: list[Tensor], running: list[Tensor], actual: dict[str, Tensor]
 ) -> None:
-    """`gated_excitation`'s results `actual` are as exact as `inexact` asks; `evaluate` is plain torch."""
+    """An operator's results `actual` are as exact as `inexact` asks; `evaluate` is plain torch."""
 
     def evaluations() -> Iterator[Evaluation]:
         generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Memory layouts and values that inputs of any operator are given in tests."""
+"""Memory layouts and values that tensors of any operator are given in tests; its description says which."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _odd_address(x: Tensor) -> Tensor:
     return x.new_full((x.numel() + 1,), NAN)[1:].view(x.shape).copy_(x)
 
 
-LAYOUTS = {
+MAPS = {
     "nchw": lambda x: x.contiguous(),
     "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
     "slice": lambda x: _slice_of(x, 1),
@@ -44,6 +44,21 @@ LAYOUTS = {
     "one column for all": lambda x: x[..., :1].expand_as(x),
 }
 """Layouts of (N, C, H, W). Those "for all" change values: several elements share one place in memory."""
+STACKS = {
+    "dense": lambda x: x.contiguous(),
+    "stack's slice of rows": lambda x: _slice_of(x, 1),
+    "stack's slice of columns": lambda x: _slice_of(x, 2),
+    "stack transposed": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "rows first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "every other matrix": lambda x: _every_other(x, 0),
+    "every other column of a stack": lambda x: _every_other(x, 2),
+    "stack at an odd address": _odd_address,
+    "one matrix for all": lambda x: x[:1].expand_as(x),
+    "one row of a matrix for all": lambda x: x[:, :1].expand_as(x),
+}
+"""Layouts of a stack of matrices (M, B, D)."""
+SCALARS = {"scalar": lambda x: x.contiguous(), "scalar in a vector": lambda x: _every_other(x[None], 0)[0]}
+LAYOUTS = MAPS | STACKS | SCALARS
 WRITABLE = [name for name in LAYOUTS if not name.endswith("for all")]
 """Layouts for a tensor that is written: one place in memory for every element."""
 

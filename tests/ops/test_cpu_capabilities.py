@@ -14,13 +14,26 @@ from pyext import _library
 OTHERS = [name for name in _library.cpu_capabilities() if name != _library.cpu_capability()]
 
 
+NUMERICS = {
+    "test_gated_excitation.py": "inference or gradients or statistics",
+    "test_memory_contrast.py": "loss_and_gradient or orders or run_or_threads",
+    "test_memory_update.py": "rows_move",
+}
+
+
+@pytest.mark.parametrize("file", NUMERICS)
 @pytest.mark.parametrize("capability", OTHERS)
-def test_kernels_under(capability):
-    tests = Path(__file__).with_name("test_gated_excitation.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "inference or gradients or statistics", str(tests)]
+def test_kernels_under(capability, file):
+    tests = Path(__file__).with_name(file)
+    command = [sys.executable, "-m", "pytest", "-q", "-k", NUMERICS[file], str(tests)]
     environment = {**os.environ, "PYEXT_CPU_CAPABILITY": capability}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]
+
+
+def test_every_kernel_has_numerics():
+    kernels = Path(__file__).parents[2].glob("csrc/cpu/*_kernel.cpp")
+    assert {f"test_{kernel.stem.removesuffix('_kernel')}.py" for kernel in kernels} == set(NUMERICS)
 
 
 def test_unknown_capability_is_named():

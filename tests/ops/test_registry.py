@@ -31,14 +31,11 @@ def test_opcheck(name, training):
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("name", sorted(OPERATORS))
+@pytest.mark.parametrize("name", sorted(name for name in OPERATORS if description_of(name).differentiable))
 def test_gradcheck(name, training):
     description = description_of(name)
     case = description.small(torch.float64, training)
-
-    def call(*leaves):
-        return description.call(case.with_inputs(leaves), backend="cpu")
-
+    call = description.function_of_inputs(case)
     assert torch.autograd.gradcheck(call, [x.requires_grad_() for x in case.inputs.values()])
 
 

@@ -2,21 +2,18 @@
 // fails where an element of a result was not written. Its numbers are the operator tests' concern.
 #include "cpu/gated_excitation.h"
 
-#include <cmath>
 #include <cstdio>
-#include <random>
 #include <string>
 
 #include "cpu/vector.h"
-#include "host.h"
+#include "tensors.h"
 
 namespace {
 
 using namespace pyext::cpu;
 using namespace pyext::gated_excitation;
-using pyext::sanitize::allocate;
 using pyext::sanitize::CallMemory;
-using pyext::sanitize::Memory;
+using pyext::sanitize::Tensors;
 
 const Sizes kSizes[] = {{1, 1, 1, 1, 1, 1},   {3, 3, 1, 41, 2, 2},  {3, 4, 37, 1, 2, 5},  {5, 7, 9, 11, 3, 5},
                         {4, 18, 8, 8, 17, 9}, {2, 5, 53, 23, 3, 4}, {3, 2, 3, 600, 2, 2}, {0, 3, 4, 5, 2, 2}};
@@ -32,23 +29,25 @@ class Call {
     args_.dtype = args_.parameter_dtype = args_.running_dtype = dtype;
     args_.training = training;
     args_.eps = 1e-5;
-    args_.u = map(drawn(map_numel_, 0));
-    args_.grad_out = map(drawn(map_numel_, 0));
-    args_.out = map(blank<S>(map_numel_));
-    args_.grad_u = map(blank<S>(map_numel_));
+    args_.u = map(drawn(map_numel_));
+    args_.grad_out = map(drawn(map_numel_));
+    args_.out = map(tensors_.blank<S>(map_numel_));
+    args_.grad_u = map(tensors_.blank<S>(map_numel_));
     int64_t parameters = 0;
     for (int k = 0; k < kNumParameters; ++k) {
-      args_.parameters[k] = drawn(parameter_numel(k, sizes), 0);
+      args_.parameters[k] = drawn(parameter_numel(k, sizes));
       parameters += parameter_numel(k, sizes);
     }
     const int64_t lengths[] = {sizes.channels, sizes.channels, sizes.attention, sizes.forget};
-    for (int k = 0; k < kNumRunning && !training; ++k) args_.running[k] = drawn(lengths[k / 2], k % 2 ? 0.5 : 0);
-    args_.position = blank<T>(sizes.batch * kNumBranches * sizes.positions());
-    args_.pooled = blank<T>(sizes.batch * kNumBranches * sizes.channels);
-    args_.hidden = blank<T>(sizes.batch * sizes.hidden());
-    args_.map_statistics = blank<T>(training ? 2 * sizes.channels : 0);
-    args_.hidden_statistics = blank<T>(training ? 2 * sizes.hidden() : 0);
-    args_.grad_parameters = blank<T>(parameters);
+    for (int k = 0; k < kNumRunning && !training; ++k) {
+      args_.running[k] = tensors_.drawn<S>(lengths[k / 2], k % 2 ? 0.5 : -1, 1.5);
+    }
+    args_.position = tensors_.blank<T>(sizes.batch * kNumBranches * sizes.positions());
+    args_.pooled = tensors_.blank<T>(sizes.batch * kNumBranches * sizes.channels);
+    args_.hidden = tensors_.blank<T>(sizes.batch * sizes.hidden());
+    args_.map_statistics = tensors_.blank<T>(training ? 2 * sizes.channels : 0);
+    args_.hidden_statistics = tensors_.blank<T>(training ? 2 * sizes.hidden() : 0);
+    args_.grad_parameters = tensors_.blank<T>(parameters);
     num_parameters_ = parameters;
   }
 
@@ -57,43 +56,25 @@ class Call {
     CallMemory forward, backward;
     kernels.forward(args_, forward.host(threads));
     kernels.backward(args_, backward.host(threads));
-    if (!written(static_cast<const S*>(args_.out.data), map_numel_)) return "out";
-    if (!written(static_cast<const S*>(args_.grad_u.data), map_numel_)) return "grad_u";
-    if (!written(static_cast<const T*>(args_.grad_parameters), num_parameters_)) return "grad_parameters";
+    if (!Tensors::written(static_cast<const S*>(args_.out.data), map_numel_)) return "out";
+    if (!Tensors::written(static_cast<const S*>(args_.grad_u.data), map_numel_)) return "grad_u";
+    if (!Tensors::written(static_cast<const T*>(args_.grad_parameters), num_parameters_)) return "grad_parameters";
     return "";
   }
 
  private:
-  template <typename E>
-  E* blank(int64_t n) {
-    memory_.push_back(allocate(n * sizeof(E)));
-    return static_cast<E*>(memory_.back().get());
-  }
-  S* drawn(int64_t n, double shift) {
-    std::uniform_real_distribution<double> uniform(shift ? 0 : -1, 1);
-    S* to = blank<S>(n);
-    for (int64_t i = 0; i < n; ++i) from_accumulate(static_cast<T>(shift + uniform(random_)), to[i]);
-    return to;
-  }
+  S* drawn(int64_t n) { return tensors_.drawn<S>(n, -1, 1); }
   Map map(void* data) const {
     const Sizes& s = args_.sizes;
     const int64_t c = s.channels, p = s.positions(), w = s.width;
     if (channels_last_) return {data, {c * p, 1, c * w, c}};
     return {data, {c * p, p, w, 1}};
   }
-  template <typename E>
-  static bool written(const E* x, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) {
-      if (std::isnan(to_accumulate(x[i]))) return false;
-    }
-    return true;
-  }
 
   GatedExcitation args_{};
   int64_t map_numel_, num_parameters_;
   bool channels_last_;
-  std::mt19937 random_{0};
-  std::vector<Memory> memory_;
+  Tensors tensors_;
 };
 
 template <typename S>

@@ -1,4 +1,4 @@
-// A Host (csrc/cpu/gated_excitation.h) whose threads and memory the sanitizers see through: std::thread instead of
+// A Host (csrc/cpu/kernel.h) whose threads and memory the sanitizers see through: std::thread instead of
 // torch's OpenMP pool, which is not instrumented, and memory of exactly the size that was asked for, filled with NaN.
 #pragma once
 
@@ -9,7 +9,7 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/gated_excitation.h"
+#include "cpu/kernel.h"
 
 namespace pyext::sanitize {
 

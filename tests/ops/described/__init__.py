@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from layouts import MAPS, VALUES
 from torch import Tensor
 
 from pyext._backend import OPERATORS
@@ -19,14 +20,20 @@ from pyext._backend import OPERATORS
 Tensors = dict[str, Tensor]
 
 
+def _copied(x: Tensor) -> Tensor:
+    """A copy of all of x's memory, seen with the same strides."""
+    return x.new_empty(0).set_(x.untyped_storage().clone(), x.storage_offset(), x.shape, x.stride())
+
+
 @dataclass(frozen=True)
 class Case:
     """Arguments of one call of an operator's public function, by the names that its error messages use."""
 
     inputs: Tensors
-    """Differentiable tensors; the first is the main one, whose dtype is the operator's."""
+    """Tensors that are read, differentiable where the operator is. The operator's dtype is that of the first, the main
+    one."""
     states: Tensors
-    """Tensors that a call may update in place."""
+    """Tensors that a call may update in place, and others that have no gradient."""
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -39,7 +46,7 @@ class Case:
 
     def copied_states(self) -> Case:
         """The same call that updates copies."""
-        return replace(self, states={name: x.clone() for name, x in self.states.items()})
+        return replace(self, states={name: _copied(x) for name, x in self.states.items()})
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Case:
         """The same call with every tensor changed."""
@@ -54,11 +61,21 @@ class Description:
     draw: Callable[..., Case]
     """draw(hypothesis' draw, dtype) -> Case: sizes, layouts, modes; values normal."""
     call: Callable[..., Tensor | tuple[Tensor, ...]]
-    """call(case, backend=None, out=None): the public function."""
+    """call(case, backend=None, out=None): the public function; no `out` if `samples` have none. () for no output."""
     small: Callable[[torch.dtype, bool], Case]
     """small(dtype, training): a call of a few hundred elements, for checks by finite differences."""
     samples: Mapping[str, Callable[[torch.dtype, bool], tuple[tuple, dict]]]
     """Registered name without `_triton` -> (dtype, training) -> positional and keyword arguments of one small call."""
+    differentiable: bool = True
+    held_constant: Callable[[Case], Callable[..., Tensor]] | None = None
+    """held_constant(case): what finite differences see instead of `call`, as a function of the inputs; for an operator
+    whose gradient takes for constant what moves with them."""
+    layouts: tuple[str, ...] = tuple(MAPS)
+    """Names in layouts.LAYOUTS that suit the main input."""
+    gradient_layouts: tuple[str, ...] = tuple(MAPS)
+    """Those that suit the gradient of every output."""
+    values: tuple[str, ...] = tuple(VALUES)
+    """Names in layouts.VALUES of what the main input may hold."""
     zero_gradients: frozenset[str] = frozenset()
     """Inputs whose gradient is 0 by the mathematics, whatever the values."""
     rounded_with: Mapping[str, str] = field(default_factory=dict)
@@ -72,6 +89,16 @@ class Description:
     """What messages call the lists of tensors, for a call with too few or too many."""
     wrong_options: Mapping[str, Any] = field(default_factory=dict)
     """Values that options must not have."""
+
+    @property
+    def takes_out(self) -> bool:
+        return any(name.endswith("_out") for name in self.samples)
+
+    def function_of_inputs(self, case: Case) -> Callable[..., Tensor | tuple[Tensor, ...]]:
+        """The kernel on the CPU, for checks of its gradient by finite differences."""
+        if self.held_constant is not None:
+            return self.held_constant(case)
+        return lambda *inputs: self.call(case.with_inputs(inputs), backend="cpu")
 
 
 def description_of(operator: str) -> Description:

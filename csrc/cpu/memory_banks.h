@@ -1,0 +1,80 @@
+// The list of memory banks as the operators' bindings check it: one (rows, features) tensor per peer.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <vector>
+
+#include "cpu/kernel.h"
+
+namespace pyext::cpu {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline ScalarType accumulate_type(ScalarType type) {
+  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Addresses and strides of the banks.
+class MemoryBanks {
+ public:
+  MemoryBanks(const char* op, const std::vector<Tensor>& banks, const Tensor& embeddings) : op_(op) {
+    STD_TORCH_CHECK(embeddings.dim() == 3 && embeddings.is_cpu(), op,
+                    ": embeddings must be a CPU tensor of shape (peers, batch, features)");
+    STD_TORCH_CHECK(!banks.empty() && static_cast<int64_t>(banks.size()) == embeddings.size(0), op, ": ", banks.size(),
+                    " banks for ", embeddings.size(0), " peers in embeddings");
+    features = embeddings.size(2);
+    rows = banks[0].dim() == 2 ? banks[0].size(0) : 0;
+    type = banks[0].scalar_type();
+    dtype = dtype_of(type);
+    for (const Tensor& bank : banks) add(bank);
+    const ScalarType given = embeddings.scalar_type();
+    dtype_of(given);
+    STD_TORCH_CHECK((given == ScalarType::Double) == (type == ScalarType::Double), op,
+                    ": embeddings and banks must both be float64, or neither");
+  }
+
+  // The embeddings as kernels read them.
+  Tensor in_accumulate_type(const Tensor& tensor) const {
+    const ScalarType wanted = accumulate_type(type);
+    const Tensor converted = tensor.scalar_type() == wanted ? tensor : torch::stable::to(tensor, wanted);
+    return converted.is_contiguous() ? converted : torch::stable::contiguous(converted);
+  }
+
+  int64_t rows, features;
+  ScalarType type;
+  DType dtype;
+  std::vector<void*> data;
+  std::vector<int64_t> pitch;
+
+ private:
+  DType dtype_of(ScalarType scalar_type) const {
+    switch (scalar_type) {
+      case ScalarType::Float:
+        return DType::kFloat;
+      case ScalarType::Double:
+        return DType::kDouble;
+      case ScalarType::BFloat16:
+        return DType::kBFloat16;
+      case ScalarType::Half:
+        return DType::kHalf;
+      default:
+        STD_TORCH_CHECK(false, op_, ": an unsupported dtype, expected float32, float64, bfloat16 or float16");
+    }
+  }
+
+  void add(const Tensor& bank) {
+    STD_TORCH_CHECK(bank.is_cpu() && bank.dim() == 2 && bank.size(0) == rows && bank.size(1) == features &&
+                        bank.scalar_type() == type,
+                    op_, ": banks[", data.size(), "] differs from the others or from embeddings in shape or dtype");
+    STD_TORCH_CHECK(features == 1 || bank.stride(1) == 1, op_, ": banks[", data.size(), "] has rows with gaps");
+    data.push_back(bank.data_ptr());
+    pitch.push_back(bank.stride(0));
+  }
+
+  const char* op_;
+};
+
+}  // namespace pyext::cpu

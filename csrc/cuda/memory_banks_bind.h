@@ -1,0 +1,82 @@
+// The list of memory banks as the CUDA bindings check it: one (rows, features) tensor per peer.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <vector>
+
+#include "cuda/memory_banks.h"
+
+#include <cuda_runtime.h>
+
+namespace pyext::cuda {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using torch::stable::accelerator::DeviceGuard;
+
+inline bool on_device_of(const Tensor& tensor, const Tensor& like) {
+  return tensor.is_cuda() && tensor.get_device_index() == like.get_device_index();
+}
+
+inline cudaStream_t stream_of(const Tensor& tensor) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+inline Tensor contiguous_floats(const Tensor& tensor) {
+  const Tensor floats =
+      tensor.scalar_type() == ScalarType::Float ? tensor : torch::stable::to(tensor, ScalarType::Float);
+  return floats.is_contiguous() ? floats : torch::stable::contiguous(floats);
+}
+
+// Addresses and strides of the banks.
+class MemoryBanks {
+ public:
+  MemoryBanks(const char* op, const std::vector<Tensor>& banks, const Tensor& embeddings) : op_(op) {
+    STD_TORCH_CHECK(embeddings.dim() == 3 && embeddings.is_cuda(), op,
+                    ": embeddings must be a CUDA tensor of shape (peers, batch, features)");
+    STD_TORCH_CHECK(!banks.empty() && static_cast<int64_t>(banks.size()) == embeddings.size(0), op, ": ", banks.size(),
+                    " banks for ", embeddings.size(0), " peers in embeddings");
+    features = embeddings.size(2);
+    rows = banks[0].dim() == 2 ? banks[0].size(0) : 0;
+    dtype = dtype_of(banks[0]);
+    dtype_of(embeddings);
+    for (const Tensor& bank : banks) {
+      STD_TORCH_CHECK(on_device_of(bank, embeddings) && bank.dim() == 2 && bank.size(0) == rows &&
+                          bank.size(1) == features && bank.scalar_type() == banks[0].scalar_type(),
+                      op, ": banks[", data.size(),
+                      "] differs from the others or from embeddings in shape, dtype or device");
+      STD_TORCH_CHECK(features == 1 || bank.stride(1) == 1, op, ": banks[", data.size(), "] has rows with gaps");
+      data.push_back(bank.data_ptr());
+      pitch.push_back(bank.stride(0));
+    }
+  }
+
+  int64_t rows, features;
+  BankDtype dtype;
+  std::vector<void*> data;
+  std::vector<int64_t> pitch;
+
+ private:
+  BankDtype dtype_of(const Tensor& tensor) const {
+    switch (tensor.scalar_type()) {
+      case ScalarType::Float:
+        return BankDtype::kFloat;
+      case ScalarType::BFloat16:
+        return BankDtype::kBFloat16;
+      case ScalarType::Half:
+        return BankDtype::kHalf;
+      default:
+        STD_TORCH_CHECK(false, op_, ": a dtype without a CUDA kernel, expected float32, bfloat16 or float16");
+    }
+  }
+
+  const char* op_;
+};
+
+}  // namespace pyext::cuda
