@@ -48,8 +48,9 @@ def seconds_per_call(run: Run, device: torch.device, repeats: int = 1) -> float:
 def interleaved(runs: Mapping[str, Run], device: torch.device, effort: Effort) -> dict[str, list[float]]:
     """Seconds per call of every one of `runs`, one sample per round, the order turning from round to round.
 
-    Disturbances from outside then meet all contenders alike. Where a sample is more than one call, a call that is not
-    timed goes first: it refills the caches from which the previous contender drove this one's data.
+    Disturbances from outside then meet all contenders alike. A sample starts when the previous contender's threads have
+    come to rest: those of ONNX Runtime spin for a while after a call. Where a sample is more than one call, a call that
+    is not timed goes first: it refills the caches from which the previous contender drove this one's data.
     """
     estimates = {name: _estimate(run, device) for name, run in runs.items()}
     repeats = {name: max(1, round(effort.sample / estimate)) for name, estimate in estimates.items()}
@@ -59,6 +60,7 @@ def interleaved(runs: Mapping[str, Run], device: torch.device, effort: Effort) -
     with _no_garbage_collection():
         for index in range(rounds):
             for name in _turned(list(runs), index):
+                _rest()
                 if repeats[name] > 1:
                     runs[name]()
                 samples[name].append(seconds_per_call(runs[name], device, repeats[name]))
@@ -74,6 +76,16 @@ def spread(samples: list[float]) -> float:
     """The interquartile range."""
     first, _, third = statistics.quantiles(samples, n=4, method="inclusive")
     return third - first
+
+
+def _rest(nap: float = 0.002, patience: float = 0.5) -> None:
+    """Sleep until the threads of this process use no processor, or `patience` seconds are over."""
+    deadline = time.perf_counter() + patience
+    while time.perf_counter() < deadline:
+        used = time.process_time()
+        time.sleep(nap)
+        if time.process_time() - used < nap / 10:
+            return
 
 
 def _estimate(run: Run, device: torch.device) -> float:

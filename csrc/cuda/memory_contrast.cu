@@ -82,6 +82,7 @@ __global__ void __launch_bounds__(kThreads)
     const bool known = index >= 0 && index < s.rows;
     const S* row = bank.row(known ? index : 0);
     float score[kGroup] = {};
+#pragma unroll 4  // all loads of a row of 128 features in flight; without it sm_100's compiler spills
     for (int c = lane; c < features; c += kWarp) {
       const float x = to_float(row[c]);
 #pragma unroll

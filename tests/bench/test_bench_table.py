@@ -1,6 +1,8 @@
 """The table writer, the roofs' arithmetic and the clock."""
 
 import json
+import threading
+import time
 
 import pytest
 import torch
@@ -101,6 +103,26 @@ def test_interleaved_takes_turns_and_starts_each_round_with_another():
 def test_interleaved_keeps_to_its_time_but_not_below_the_least_rounds():
     samples = timer.interleaved({"a": lambda: torch.ones(1)}, CPU, timer.Effort(0, most_rounds=50, least_rounds=4))
     assert len(samples["a"]) == 4
+
+
+def test_a_sample_starts_when_threads_of_the_contender_before_have_come_to_rest():
+    spinning = threading.Event()
+
+    def spin():
+        end = time.perf_counter() + 0.05
+        while time.perf_counter() < end:
+            pass
+        spinning.clear()
+
+    def start():
+        spinning.set()
+        threading.Thread(target=spin).start()
+        time.sleep(0.001)
+
+    found = []
+    runs = {"spinner": start, "other": lambda: found.append(spinning.is_set())}
+    timer.interleaved(runs, CPU, timer.Effort(seconds=10, most_rounds=3, sample=1e-9))
+    assert found[-3:] == [False] * 3
 
 
 def test_facts_name_what_moves_a_measurement(monkeypatch):
