@@ -44,7 +44,7 @@ CAPABILITIES = X86_CAPABILITIES if IS_X86 else {"baseline": []}
 CUDA_ARCHITECTURES = os.environ.get("PYEXT_CUDA_ARCHITECTURES", "80;90;100").split(";")
 # -Wno-psabi: vectors wider than the baseline's registers stay inside one file. No LTO: it would merge instruction sets.
 CXX_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-fno-lto", "-Wall", "-Wno-psabi"]
-CXX_FLAGS.append("-Wno-maybe-uninitialized")  # GCC 12 reports its own AVX-512 headers
+CXX_FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12 reports its own AVX-512 headers
 SANITIZERS = [name for name in os.environ.get("PYEXT_SANITIZE", "").split(",") if name]
 if SANITIZERS:  # a report ends the process, so none is overlooked
     CXX_FLAGS += ["-g1", f"-fsanitize={','.join(SANITIZERS)}", "-fno-sanitize-recover=all"]

@@ -30,6 +30,7 @@ STABLE_TORCH_LIBRARY(pyext, m) {
         ", *, Tensor(a!) out) -> (Tensor map_statistics, Tensor hidden_statistics)");
   m.def("gated_excitation_backward" GATED_EXCITATION_BACKWARD);
   m.def("gated_excitation_backward_triton" GATED_EXCITATION_BACKWARD);
+  m.def("hybrid_block(Tensor x, Tensor[] tensors, int[] extents, float eps) -> Tensor");
   m.def("memory_contrast" MEMORY_CONTRAST);
   m.def("memory_contrast_triton" MEMORY_CONTRAST);
   m.def("memory_contrast_backward" MEMORY_CONTRAST_BACKWARD);

@@ -1,0 +1,196 @@
+// A whole block on one image after another: modules in order, all channels of the image in cache.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/gated_excitation/forward.h"
+#include "cpu/hybrid_block.h"
+#include "cpu/hybrid_block/squeeze.h"
+
+namespace pyext::cpu::PYEXT_CAPABILITY {
+namespace {
+
+namespace hb = hybrid_block;
+
+template <typename T>
+struct Module {
+  Cell<T> cell;
+  GatedExcitation gates_args;
+  Call<T>* call;
+  Gates<T>* gates;
+};
+
+// Memory of one image in work, and of the threads that work on it.
+template <typename T>
+struct BlockScratch {
+  T* maps;      // channels of the input or, of a dense block, of the output
+  T* squeezed;  // planes
+  T* u;
+  T* result;  // of a block that is not dense
+  ForwardScratch<T> gates;
+  T* strips;  // one of strip_size per thread
+  int64_t strip_size;
+
+  void carve(Arena& arena, const BlockSizes& s, const Planes& planes, const Call<T>& call, int64_t threads) {
+    maps = arena.take<T>((s.dense ? s.out_channels() : s.channels) * round_up<T>(s.positions()));
+    // Tiles read on behind the last plane.
+    squeezed = arena.take<T>(s.squeeze * planes.channel + kMostVectors * kLanes<T>);
+    u = arena.take<T>(s.growth * call.pitch);
+    result = arena.take<T>(s.dense ? 0 : s.growth * call.pitch);
+    gates.carve(arena, call);
+    strip_size = s.inputs(s.modules - 1) * kStripVectors * kLanes<T>;
+    strips = arena.take<T>(threads * strip_size);
+  }
+};
+
+template <typename S>
+class Block {
+  using T = Accumulate<S>;
+
+ public:
+  Block(const HybridBlock& args, const Host& host)
+      : args_(args), host_(host), s_(args.sizes), planes_(s_), pitch_(round_up<T>(s_.positions())) {
+    modules_ = static_cast<Module<T>*>(host.shared(host.self, s_.modules * sizeof(Module<T>)));
+    for (int64_t m = 0; m < s_.modules; ++m) prepare(m);
+  }
+
+  void forward() {
+    // Fewer images than threads: all threads work on one image.
+    if (s_.batch < host_.threads) {
+      const BlockScratch<T> scratch = carve(host_.threads);
+      for (int64_t n = 0; n < s_.batch; ++n) run_image(n, scratch, host_.threads);
+      return;
+    }
+    parallel(host_, host_.threads, [&](int64_t thread) {
+      const BlockScratch<T> scratch = carve(1);
+      const Range images = part_of(s_.batch, host_.threads, thread);
+      for (int64_t n = images.begin; n < images.end; ++n) run_image(n, scratch, 1);
+    });
+  }
+
+ private:
+  const T* tensor(int64_t module, int index) const {
+    const int64_t at = module * hb::kNumTensors + index;
+    return as_accumulate<T>(host_, args_.tensors[at], args_.tensor_dtypes[at], hb::tensor_numel(index, s_, module));
+  }
+
+  Norm<T> norm(int64_t module, int first, int64_t channels) const {
+    const T *weight = tensor(module, first), *var = tensor(module, first + 3);
+    T* scale = shared<T>(host_, channels);
+    for (int64_t c = 0; c < channels; ++c) scale[c] = weight[c] / std::sqrt(var[c] + static_cast<T>(args_.eps));
+    return {tensor(module, first + 2), tensor(module, first + 1), scale};
+  }
+
+  void prepare(int64_t m) {
+    Module<T>& module = *new (modules_ + m) Module<T>{};
+    module.cell = {norm(m, hb::kNorm1Weight, s_.inputs(m)), norm(m, hb::kNorm2Weight, s_.squeeze),
+                   tensor(m, hb::kConv1Weight), tensor(m, hb::kConv2Weight), s_.inputs(m)};
+    GatedExcitation& gates = module.gates_args;
+    gates.sizes = s_.gates();
+    gates.dtype = gates.parameter_dtype = gates.running_dtype =
+        std::is_same_v<T, double> ? DType::kDouble : DType::kFloat;
+    gates.eps = args_.eps;
+    for (int k = 0; k < kNumParameters; ++k) gates.parameters[k] = tensor(m, hb::kGateParameters + k);
+    for (int k = 0; k < kNumRunning; ++k) gates.running[k] = tensor(m, hb::kGateRunning + k);
+    module.call = new (host_.shared(host_.self, sizeof(Call<T>))) Call<T>(begin_call<T>(gates, host_));
+    prepare_channels(*module.call);
+    module.gates = new (host_.shared(host_.self, sizeof(Gates<T>))) Gates<T>(prepare_gates(*module.call));
+    prepare_hidden_norm(*module.call, *module.gates);
+  }
+
+  BlockScratch<T> carve(int64_t threads) const {
+    auto scratch = carve_scratch<BlockScratch<T>>(host_, s_, planes_, *modules_->call, threads);
+    std::memset(scratch.squeezed, 0, (s_.squeeze * planes_.channel + kMostVectors * kLanes<T>)*sizeof(T));
+    return scratch;
+  }
+
+  Extent extent(int64_t channels) const { return {channels, s_.height, s_.width}; }
+  Extent out_extent() const { return {s_.out_channels(), s_.out_height(), s_.out_width()}; }
+
+  void run_image(int64_t n, const BlockScratch<T>& scratch, int64_t threads) const {
+    if (s_.dense) return run_dense(n, scratch, threads);
+    const Image<const T> x = load_image<S>(args_.x, n, s_.batch, extent(s_.channels), scratch.maps);
+    const int64_t pitch = modules_->call->pitch;
+    run_module(*modules_, x, scratch, Image<T>{scratch.result, pitch}, threads);
+    store_image<S>(Image<const T>{scratch.result, pitch}, args_.out, n, out_extent());
+  }
+
+  void run_dense(int64_t n, const BlockScratch<T>& scratch, int64_t threads) const {
+    Image<T> maps{scratch.maps, pitch_};
+    bool direct = false;
+    if constexpr (std::is_same_v<S, T>) {
+      direct = is_image<S>(args_.out, out_extent());
+      if (direct) maps = {image_data<S>(args_.out, n), args_.out.stride[1]};
+    }
+    copy_input(n, maps);
+    for (int64_t m = 0; m < s_.modules; ++m) {
+      const Image<T> to{maps.row(s_.inputs(m)), maps.pitch};
+      run_module(modules_[m], Image<const T>{maps.data, maps.pitch}, scratch, to, threads);
+    }
+    if (!direct) store_image<S>(Image<const T>{maps.data, maps.pitch}, args_.out, n, out_extent());
+  }
+
+  void copy_input(int64_t n, const Image<T>& maps) const {
+    const Image<const T> x = load_image<S>(args_.x, n, s_.batch, extent(s_.channels), maps.data);
+    for (int64_t c = 0; c < s_.channels && x.data != maps.data; ++c) {
+      std::memcpy(maps.row(c), x.row(c), s_.positions() * sizeof(T));
+    }
+  }
+
+  void run_module(const Module<T>& module, const Image<const T>& x, const BlockScratch<T>& scratch, const Image<T>& to,
+                  int64_t threads) const {
+    const Image<T> u{scratch.u, module.call->pitch};
+    if (threads <= s_.groups) {
+      squeeze_by_groups(module.cell, x, scratch, u, threads);
+    } else {
+      squeeze_by_positions(module.cell, x, scratch, u, threads);
+    }
+    const Image<const T> map{u.data, u.pitch};
+    pool_image(*module.call, *module.gates, 0, map, scratch.gates);
+    gate_vectors(*module.call, *module.gates, scratch.gates.gates);
+    apply_gates(map, scratch.gates.gates, to);
+  }
+
+  // A thread has groups of its own: what lies between the convolutions stays in its cache, and nobody waits for it.
+  void squeeze_by_groups(const Cell<T>& cell, const Image<const T>& x, const BlockScratch<T>& scratch,
+                         const Image<T>& u, int64_t threads) const {
+    const int64_t per_group = s_.squeeze / s_.groups;
+    parallel(host_, threads, [&](int64_t thread) {
+      const Range groups = part_of(s_.groups, threads, thread);
+      squeeze_strips(s_, cell, planes_, x, {0, strip_count<T>(s_)}, {groups.begin * per_group, groups.end * per_group},
+                     scratch.strips + thread * scratch.strip_size, scratch.squeezed);
+      convolve_groups(s_, cell, planes_, scratch.squeezed, groups, {0, s_.out_height()}, u);
+    });
+  }
+
+  // A thread has rows of its own; the 3x3 convolution reads some of its neighbours'.
+  void squeeze_by_positions(const Cell<T>& cell, const Image<const T>& x, const BlockScratch<T>& scratch,
+                            const Image<T>& u, int64_t threads) const {
+    parallel(host_, threads, [&](int64_t thread) {
+      squeeze_strips(s_, cell, planes_, x, part_of(strip_count<T>(s_), threads, thread), {0, s_.squeeze},
+                     scratch.strips + thread * scratch.strip_size, scratch.squeezed);
+    });
+    parallel(host_, threads, [&](int64_t thread) {
+      convolve_groups(s_, cell, planes_, scratch.squeezed, {0, s_.groups}, part_of(s_.out_height(), threads, thread),
+                      u);
+    });
+  }
+
+  void apply_gates(const Image<const T>& u, const GateVectors<T>& v, const Image<T>& to) const {
+    for (int64_t c = 0; c < s_.growth; ++c) {
+      for (int64_t p = 0; p < u.pitch; p += kLanes<T>) {
+        store<T>(to.row(c) + p, load<T>(u.row(c) + p) * v.forget[c] + v.added[c]);
+      }
+    }
+  }
+
+  const HybridBlock& args_;
+  const Host& host_;
+  const BlockSizes& s_;
+  const Planes planes_;
+  const int64_t pitch_;
+  Module<T>* modules_;
+};
+
+}  // namespace
+}  // namespace pyext::cpu::PYEXT_CAPABILITY

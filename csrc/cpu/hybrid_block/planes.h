@@ -1,0 +1,86 @@
+// Where a convolution's input lies: padded planes of each channel, so that a tap is an offset and every vector of
+// positions has one address. For a stride of two there are four planes, of the even and odd rows and columns.
+#pragma once
+
+#include "cpu/gated_excitation/call.h"
+#include "math/hybrid_block.h"
+
+namespace pyext::cpu::PYEXT_CAPABILITY {
+namespace {
+
+using BlockSizes = hybrid_block::Sizes;
+
+struct Planes {
+  int64_t width;    // of the map
+  int64_t stride;   // 1 or 2
+  int64_t pitch;    // of the rows of a plane
+  int64_t size;     // of a plane
+  int64_t channel;  // of all planes of a channel
+  int64_t tap[kTaps];
+
+  explicit Planes(const BlockSizes& s) : width(s.width), stride(s.stride) {
+    const auto extent = [&](int64_t n) { return (n + 2 + stride - 1) / stride; };
+    pitch = extent(s.width);
+    size = extent(s.height) * pitch;
+    channel = stride * stride * size;
+    for (int k = 0; k < kTaps; ++k) tap[k] = place(k / 3, k % 3);
+  }
+
+  // Of the element in row y and column x of the padded map.
+  int64_t place(int64_t y, int64_t x) const {
+    return (y % stride * stride + x % stride) * size + y / stride * pitch + x / stride;
+  }
+};
+
+// Writes `count` elements; reads up to whole vectors.
+template <typename T>
+inline void copy_row(const T* from, T* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes<T> <= count; i += kLanes<T>) store<T>(to + i, load<T>(from + i));
+  if (i < count) store_partial(to + i, load<T>(from + i), count - i);
+}
+
+// Elements 0, 2, 4 ... and 1, 3, 5 ... of a row of `count`, each to a row of its own; reads up to two whole vectors.
+template <typename T>
+inline void split_row(const T* from, T* even, T* odd, int64_t count) {
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes<T>>();
+  const auto put = [](T* to, Vec<T> v, int64_t n) {
+    if (n >= kLanes<T>) {
+      store<T>(to, v);
+    } else if (n > 0) {
+      store_partial(to, v, n);
+    }
+  };
+  for (int64_t i = 0; i < count; i += 2 * kLanes<T>) {
+    const Vec<T> a = load<T>(from + i), b = load<T>(from + i + kLanes<T>);
+    put(even + i / 2, even_lanes<T>(a, b, lanes), (count - i + 1) / 2);
+    put(odd + i / 2, odd_lanes<T>(a, b, lanes), (count - i) / 2);
+  }
+}
+
+// Positions [first, first + count) of a map of rows of `width`, row by row: visit(offset from first, y, x, count).
+template <typename Visit>
+inline void for_each_row(int64_t first, int64_t count, int64_t width, Visit visit) {
+  int64_t y = first / width, x = first % width;
+  for (int64_t at = 0; at < count; x = 0, ++y) {
+    const int64_t length = width - x < count - at ? width - x : count - at;
+    visit(at, y, x, length);
+    at += length;
+  }
+}
+
+// Positions [first, first + count) of one channel's map, which begin at `from`, into its planes.
+template <typename T>
+inline void write_planes(const Planes& planes, const T* from, int64_t first, int64_t count, T* channel) {
+  for_each_row(first, count, planes.width, [&](int64_t at, int64_t y, int64_t x, int64_t length) {
+    T* to = channel + planes.place(y + 1, x + 1);
+    if (planes.stride == 1) {
+      copy_row(from + at, to, length);
+    } else {
+      split_row(from + at, to, channel + planes.place(y + 1, x + 2), length);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace pyext::cpu::PYEXT_CAPABILITY

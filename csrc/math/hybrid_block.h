@@ -1,0 +1,63 @@
+// hybrid_block's contract as every kernel sees it: extents and the order of its tensors, which
+// pyext/ops/hybrid_block.py repeats under state-dict names; a test compares the two.
+#pragma once
+
+#include <cstdint>
+
+#include "math/gated_excitation.h"
+
+namespace pyext::hybrid_block {
+
+// Of one module: the squeeze cell, then the gates' parameters and running statistics in gated_excitation's order.
+enum Tensors {
+  kNorm1Weight,
+  kNorm1Bias,
+  kNorm1Mean,
+  kNorm1Var,
+  kConv1Weight,
+  kNorm2Weight,
+  kNorm2Bias,
+  kNorm2Mean,
+  kNorm2Var,
+  kConv2Weight,
+  kGateParameters,
+  kGateRunning = kGateParameters + gated_excitation::kNumParameters,
+  kNumTensors = kGateRunning + gated_excitation::kNumRunning,
+};
+
+struct Sizes {
+  int64_t batch;
+  int64_t channels;  // of the input
+  int64_t height;
+  int64_t width;
+  int64_t modules;
+  int64_t squeeze;  // channels between the two convolutions
+  int64_t growth;   // channels that a module gives
+  int64_t groups;   // of the 3x3 convolution
+  int64_t attention;
+  int64_t forget;
+  int64_t stride;
+  bool dense;  // a module's output follows its input's channels; else there is one module, whose output is the result
+
+  int64_t inputs(int64_t module) const { return channels + module * growth; }
+  int64_t positions() const { return height * width; }
+  int64_t out_channels() const { return dense ? inputs(modules) : growth; }
+  int64_t out_height() const { return (height - 1) / stride + 1; }
+  int64_t out_width() const { return (width - 1) / stride + 1; }
+  int64_t out_positions() const { return out_height() * out_width(); }
+  gated_excitation::Sizes gates() const { return {batch, growth, out_height(), out_width(), forget, attention}; }
+};
+
+// Elements of one tensor of module `module`.
+inline int64_t tensor_numel(int tensor, const Sizes& s, int64_t module) {
+  if (tensor >= kGateRunning) {
+    const int64_t lengths[4] = {s.growth, s.growth, s.attention, s.forget};
+    return lengths[(tensor - kGateRunning) / 2];
+  }
+  if (tensor >= kGateParameters) return gated_excitation::parameter_numel(tensor - kGateParameters, s.gates());
+  if (tensor == kConv1Weight) return s.squeeze * s.inputs(module);
+  if (tensor == kConv2Weight) return s.growth * (s.squeeze / s.groups) * 9;
+  return tensor < kConv1Weight ? s.inputs(module) : s.squeeze;
+}
+
+}  // namespace pyext::hybrid_block
