@@ -1,0 +1,239 @@
+"""A whole HCGNet block at inference: squeeze cells, gates and dense connections of all its modules, as one operator.
+
+Source: HCGNet, arXiv 1908.09699, section 3. For every module, x the channels so far, all normalisations by their
+running statistics:
+
+    u   = conv3x3(relu(BN(conv1x1(relu(BN(x))))))           grouped, stride 1; of a transition also 2
+    y   = f * u + n                                         the gates of `gated_excitation`
+    x  <- concat(x, y) in a dense block, else y is the result (one module: a transition)
+
+The map between the convolutions, several times as wide as u, is never a tensor, and nothing is concatenated: on the CPU
+an image goes through the whole block while it is in cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyext import _backend
+from pyext.ops.gated_excitation import PARAMETERS, RUNNING, parameter_shapes
+from pyext.ops.gated_excitation import reference as gates_reference
+
+_OPS = torch.ops.pyext
+
+SQUEEZE = (
+    "conv1_1x1.norm.weight",
+    "conv1_1x1.norm.bias",
+    "conv1_1x1.norm.running_mean",
+    "conv1_1x1.norm.running_var",
+    "conv1_1x1.conv.weight",
+    "conv2_3x3.norm.weight",
+    "conv2_3x3.norm.bias",
+    "conv2_3x3.norm.running_mean",
+    "conv2_3x3.norm.running_var",
+    "conv2_3x3.conv.weight",
+)
+TENSORS = (*SQUEEZE, *PARAMETERS, *RUNNING)
+"""State-dict names of one module's tensors, in the order in which every layer passes them."""
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class Extents(NamedTuple):
+    """What the kernels must know besides the tensors; all but the last two follow from the tensors' shapes."""
+
+    modules: int
+    squeeze: int
+    """Channels between the two convolutions."""
+    growth: int
+    """Channels that a module gives."""
+    groups: int
+    """Of the 3x3 convolution."""
+    attention: int
+    forget: int
+    stride: int
+    dense: bool
+
+
+def extents_of(tensors: Sequence[Tensor], stride: int, dense: bool) -> Extents:
+    """`Extents` of a block by the shapes of its first module's tensors; ValueError where they are no module's."""
+    if not tensors or len(tensors) % len(TENSORS):
+        raise ValueError(f"hybrid_block: {len(tensors)} tensors, expected {len(TENSORS)} for each module")
+    conv1, conv2 = tensors[TENSORS.index("conv1_1x1.conv.weight")], tensors[TENSORS.index("conv2_3x3.conv.weight")]
+    if conv1.dim() != 4 or conv2.dim() != 4 or not conv2.shape[1] or conv1.shape[0] % conv2.shape[1]:
+        raise ValueError(
+            f"hybrid_block: convolution weights of shapes {tuple(conv1.shape)} and {tuple(conv2.shape)}, expected "
+            "(squeeze, channels, 1, 1) and (growth, squeeze / groups, 3, 3)"
+        )
+    attention, forget = (tensors[TENSORS.index(f"{name}.bias")].shape[0] for name in ("fcall", "fc1"))
+    groups = conv1.shape[0] // conv2.shape[1]
+    return Extents(
+        len(tensors) // len(TENSORS), conv1.shape[0], conv2.shape[0], groups, attention, forget, stride, dense
+    )
+
+
+def tensor_shapes(channels: int, extents: Extents) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a module that reads `channels` channels."""
+    squeeze, growth = extents.squeeze, extents.growth
+    shapes = parameter_shapes(growth, extents.forget, extents.attention)
+    for name in RUNNING:
+        shapes[name] = shapes[name.rsplit(".", 1)[0] + ".weight"]
+    for name in SQUEEZE:
+        shapes[name] = (channels,) if name.startswith("conv1") else (squeeze,)
+    shapes["conv1_1x1.conv.weight"] = (squeeze, channels, 1, 1)
+    shapes["conv2_3x3.conv.weight"] = (growth, squeeze // extents.groups, 3, 3)
+    return {name: shapes[name] for name in TENSORS}
+
+
+def reference(x: Tensor, tensors: Sequence[Tensor], extents: Extents, eps: float = 1e-5) -> Tensor:
+    """The operator's definition in plain torch; differentiable. Shapes as in `hybrid_block`."""
+    for start in range(0, len(tensors), len(TENSORS)):
+        module = tensors[start : start + len(TENSORS)]
+        y = _reference_module(x, module, extents, eps)
+        x = torch.cat([x, y], dim=1) if extents.dense else y
+    return x
+
+
+def _reference_module(x: Tensor, tensors: Sequence[Tensor], extents: Extents, eps: float) -> Tensor:
+    t = dict(zip(TENSORS, tensors, strict=True))
+
+    def activated(x: Tensor, name: str) -> Tensor:
+        weight, bias, mean, var = (
+            t[f"{name}.norm.{kind}"] for kind in ("weight", "bias", "running_mean", "running_var")
+        )
+        return F.relu(F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps))
+
+    def weight(name: str) -> Tensor:
+        return t[f"{name}.conv.weight"].to(x.dtype)
+
+    u = F.conv2d(activated(x, "conv1_1x1"), weight("conv1_1x1"))
+    u = F.conv2d(activated(u, "conv2_3x3"), weight("conv2_3x3"), None, extents.stride, 1, 1, extents.groups)
+    parameters, running = ([t[name] for name in names] for names in (PARAMETERS, RUNNING))
+    return gates_reference(u, parameters, running, False, 0.0, eps)
+
+
+def validate(x: Tensor, tensors: Sequence[Tensor], extents: Extents, eps: float) -> None:
+    """Raise TypeError (dtype) or ValueError (all else) naming the argument that is wrong and what was expected."""
+    _validate_map(x, extents, eps)
+    for index, tensor in enumerate(tensors):
+        module, place = divmod(index, len(TENSORS))
+        shape = tensor_shapes(x.shape[1] + module * extents.growth, extents)[TENSORS[place]]
+        name = f"tensors[{index}], {TENSORS[place]} of module {module},"
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"hybrid_block: {name} has shape {tuple(tensor.shape)}, expected {shape}")
+        if tensor.device != x.device:
+            raise ValueError(f"hybrid_block: {name} is on {tensor.device}, expected x's device {x.device}")
+        if tensor.dtype != x.dtype and (tensor.dtype != torch.float32 or x.dtype == torch.float64):
+            raise TypeError(f"hybrid_block: {name} has dtype {tensor.dtype}, expected x's {x.dtype} or float32")
+
+
+def _validate_map(x: Tensor, extents: Extents, eps: float) -> None:
+    if x.dim() != 4 or 0 in x.shape[1:]:
+        raise ValueError(f"hybrid_block: x has shape {tuple(x.shape)}, expected (N, C, H, W), all but N at least 1")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"hybrid_block: x has dtype {x.dtype}, expected float32, float64, bfloat16 or float16")
+    if extents.growth % extents.groups:
+        raise ValueError(f"hybrid_block: {extents.growth} output channels in {extents.groups} groups")
+    if extents.stride not in (1, 2) or (extents.stride != 1 if extents.dense else extents.modules != 1):
+        raise ValueError(
+            f"hybrid_block: {extents.modules} modules with stride {extents.stride}, expected stride 1 in a dense block, "
+            "and else one module with stride 1 or 2"
+        )
+    if not eps >= 0:
+        raise ValueError(f"hybrid_block: eps is {eps}, expected at least 0")
+
+
+def _no_inference(x: Tensor, tensors: Sequence[Tensor] = (), *_: object) -> str | None:
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *tensors)):
+        return "gradients are asked for, and the kernel is for inference: call it under torch.no_grad()"
+    return None
+
+
+def no_cpu(x: Tensor, *rest: Sequence[Tensor]) -> str | None:
+    """Why the CPU kernel cannot run; None when it can."""
+    if x.device.type != "cpu":
+        return f"x is on {x.device}, this backend runs on the CPU"
+    return _no_inference(x, *rest)
+
+
+def no_cuda(*_: object) -> str | None:
+    """Why the CUDA kernel cannot run: there is none yet."""
+    return "it has no CUDA kernel yet, nor a float64 one"
+
+
+def no_triton(*_: object) -> str | None:
+    """Why the Triton kernel cannot run: there is none yet."""
+    return "it has no Triton kernel yet, nor a float64 one"
+
+
+def no_reference(*_: object) -> str | None:
+    """Plain torch runs anywhere."""
+    return None
+
+
+OPERATOR = _backend.register(
+    _backend.Operator(
+        "hybrid_block",
+        {"cpu": no_cpu, "cuda": no_cuda, "triton": no_triton, "reference": no_reference},
+        differentiable=False,
+    )
+)
+
+
+def hybrid_block(
+    x: Tensor,
+    tensors: Sequence[Tensor],
+    *,
+    stride: int = 1,
+    dense: bool = True,
+    eps: float = 1e-5,
+    backend: str | None = None,
+) -> Tensor:
+    """All modules of a hybrid block, or one transition, at inference (running statistics everywhere).
+
+    Args:
+        x: (N, C, H, W), any strides, any N; float32, bfloat16, float16, or (CPU and reference) float64.
+        tensors: for every module its parameters and running statistics in the order of `TENSORS`, in x's dtype or
+            float32 (float64 for float64). Module m reads C + m * growth channels if `dense`, C else.
+        stride: of the 3x3 convolution: 1, or 2 in a transition.
+        dense: whether a module's output follows its input's channels; else there is one module.
+        eps: of all normalisations.
+        backend: overrides `pyext.backend` and ``PYEXT_BACKEND``.
+
+    Returns:
+        (N, C + modules * growth, H, W) if `dense`, else (N, growth, ceil(H / stride), ceil(W / stride)); NCHW.
+
+    Raises:
+        ValueError: wrong number of tensors, shapes, device, stride or eps.
+        TypeError: wrong dtype.
+        BackendError: the backend asked for cannot run; kernels do not where gradients are asked for.
+
+    Source: HCGNet, arXiv 1908.09699, section 3.
+    """
+    extents = extents_of(tensors, stride, dense)
+    name = OPERATOR.choose(backend, x, tensors)
+    if name == "reference":
+        validate(x, tensors, extents, eps)
+        return reference(x, tensors, extents, eps)
+    try:
+        return _OPS.hybrid_block(x, tensors, extents, eps)
+    except RuntimeError:
+        # The kernels check what memory safety needs; the sentence that names the argument is made here.
+        validate(x, tensors, extents, eps)
+        raise
+
+
+def _fake(x, tensors, extents, eps):
+    extents = Extents(*extents)
+    validate(x, tensors, extents, eps)
+    if extents.dense:
+        return x.new_empty((x.shape[0], x.shape[1] + extents.modules * extents.growth, *x.shape[2:]))
+    height, width = ((n - 1) // extents.stride + 1 for n in x.shape[2:])
+    return x.new_empty((x.shape[0], extents.growth, height, width))
+
+
+torch.library.register_fake("pyext::hybrid_block")(_fake)
