@@ -56,6 +56,14 @@ class Operator:
             raise BackendError(f"{self.name}: backend {name!r} cannot run: {reason}")
         return name
 
+    def has_kernel(self, *args: Any) -> bool:
+        """Whether, as backends are asked for now, a kernel of this operator runs for `args`, and not the reference.
+
+        For modules that can also run by the operators of their parts, which then obey what is asked for.
+        """
+        names = [name for name in self.cannot_run if name != "reference"] if _requested == "auto" else [_requested]
+        return any(name != "reference" and self.cannot_run[name](*args) is None for name in names)
+
     def explain(self, *args: Any) -> str:
         """One line per backend, in order of preference: chosen, able, or why not."""
         chosen = self.choose("auto" if _requested == "auto" else _requested, *args)

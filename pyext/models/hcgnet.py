@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -72,7 +73,9 @@ class HCGNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"HCGNet: input has shape {tuple(x.shape)}, expected (N, {self.in_channels}, H, W)")
-        features = F.relu(self.features(to_convolution_format(x)), inplace=True)
+        if torch.is_grad_enabled():  # else blocks run whole, and they do in NCHW
+            x = to_convolution_format(x)
+        features = F.relu(self.features(x), inplace=True)
         return self.classifier(features.mean(dim=(2, 3)))
 
 

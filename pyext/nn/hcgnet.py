@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyext.nn.drop_block import DropBlock2d
+from pyext.nn.hybrid_inference import run_block
 from pyext.nn.memory_format import memory_format_of, to_convolution_format
 from pyext.ops.gated_excitation import gated_excitation
 
@@ -204,11 +205,8 @@ class _Gates(nn.Module):
             own["fc2"],
         )
 
-    def _excite(self, u: Tensor, out: Tensor | None = None) -> Tensor:
-        """The gates applied to u (N, channels, H, W), by the operator where it computes the same."""
-        if self.unfused_reason() is not None:
-            result = self._compose(u)
-            return result if out is None else out.copy_(result)
+    def gate_tensors(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The gates' parameters and running statistics, in the order of the operator's `PARAMETERS` and `RUNNING`."""
         leaves = self._gate_leaves()
         parameters = []
         for i, leaf in enumerate(leaves):
@@ -218,13 +216,21 @@ class _Gates(nn.Module):
             if i not in _BRANCH_CONVOLUTIONS:
                 parameters.append(tensors["bias"])
         norms = [leaves[i]._buffers for i in _GATE_NORMS]
-        running = tuple(norm[name] for norm in norms for name in ("running_mean", "running_var"))
+        return parameters, [norm[name] for norm in norms for name in ("running_mean", "running_var")]
+
+    def _excite(self, u: Tensor, out: Tensor | None = None) -> Tensor:
+        """The gates applied to u (N, channels, H, W), by the operator where it computes the same."""
+        if self.unfused_reason() is not None:
+            result = self._compose(u)
+            return result if out is None else out.copy_(result)
+        parameters, running = self.gate_tensors()
+        leaves = self._gate_leaves()
         norm = leaves[0]
         result = gated_excitation(
             u, parameters, running, training=norm.training, momentum=norm.momentum, eps=norm.eps, out=out
         )
         if norm.training:
-            torch._foreach_add_([norm["num_batches_tracked"] for norm in norms], 1)
+            torch._foreach_add_([leaves[i]._buffers["num_batches_tracked"] for i in _GATE_NORMS], 1)
         return result
 
     def _compose(self, u: Tensor) -> Tensor:
@@ -323,6 +329,9 @@ class SMG(_Gates):
 
     def forward(self, x: Tensor) -> Tensor:
         _check_map(self, x, self.in_channels)
+        result = run_block([self], x)
+        if result is not None:
+            return result
         u = self.squeeze(x)
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or u.dtype != x.dtype:
             return torch.cat([x, self._excite(u)], dim=1)
@@ -356,10 +365,11 @@ class HybridBlock(nn.Sequential):
         bn_size: squeeze width over growth rate, as in `SMG`.
         growth_rate: channels that each module adds.
 
-    Shape: (N, in_channels, H, W) to (N, in_channels + num_layers * growth_rate, H, W), in the memory format of
+    Shape: (N, in_channels, H, W) to (N, in_channels + num_layers * growth_rate, H, W), in the input's memory
+    format where the whole block runs as the operator `hybrid_block` (at inference; NCHW is faster), else in that of
     `pyext.nn.memory_format.to_convolution_format`: channels_last on the CPU.
 
-    Without gradients one buffer holds the whole block and each module writes its slice. Source: arXiv 1908.09699.
+    Elsewhere without gradients one buffer holds the block and each module writes its slice. Source: arXiv 1908.09699.
     """
 
     def __init__(
@@ -378,8 +388,18 @@ class HybridBlock(nn.Sequential):
             self.add_module(f"SMG{i + 1}", layer)
 
     def forward(self, x: Tensor) -> Tensor:
+        result = self._run_whole(x)
+        if result is not None:
+            return result
         x = to_convolution_format(x)
         return self._fill(x) if self._writes_slices(x) else super().forward(x)
+
+    def _run_whole(self, x: Tensor) -> Tensor | None:
+        layers: list[Any] = list(self._modules.values())
+        if not layers or not all(type(layer) is SMG and not has_forward_hooks(layer) for layer in layers):
+            return None
+        _check_map(layers[0], x, layers[0].in_channels)
+        return run_block(layers, x)
 
     def _writes_slices(self, x: Tensor) -> bool:
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -446,7 +466,9 @@ class Transition(_Gates):
         _check_map(self, x, self.in_channels)
         if self.steps_dropblock:
             self.dropblock.step()
-        result = self._excite(self.conv2_3x3(self.conv1_1x1(to_convolution_format(x))))
+        result = run_block([self], x, stride=self.conv2_3x3.conv.stride[0], dense=False)
+        if result is None:
+            result = self._excite(self.conv2_3x3(self.conv1_1x1(to_convolution_format(x))))
         return result if self.dropblock is None else self.dropblock(result)
 
     def extra_repr(self) -> str:

@@ -107,33 +107,31 @@ def test_training(trained_case, name):
     assert all(int(b) == 1 for n, b in module.named_buffers() if n.endswith("num_batches_tracked"))
 
 
-def errors(run, dtype, truth):
-    """Distances from `truth` of `run` by the plain torch composition and by the backend that `auto` takes."""
-    with backend("reference"):
-        plain = run(dtype)
-    return [(result.double() - truth).norm() for result in (plain, run(dtype))]
-
-
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_error_is_at_most_twice_that_of_plain_torch(case, dtype, training):
-    if training and case.name not in TRAINED:
-        training = False
-    truth = case["train_out" if training else "eval_out"]
-
-    def run(dtype):
-        with torch.no_grad():
-            return case.module(dtype).train(training)(case.input(dtype))
-
-    plain, ours = errors(run, dtype, truth)
-    assert ours <= 2 * plain + 4 * torch.finfo(dtype).eps * truth.norm() / truth.numel() ** 0.5
-
-
 def nearby(x, count=8):
     """x, and float32 inputs within about 1% of it: one draw's rounding errors can cancel, or pile up, by luck."""
     draws = torch.Generator().manual_seed(1)
     noise = [torch.randn(x.shape, generator=draws) for _ in range(count - 1)]
     return [x.float(), *(x.float() * (1 + 0.01 * n) for n in noise)]
+
+
+def assert_error_is_at_most_twice_that_of_plain_torch(run, inputs, dtype):
+    """`run(dtype, input)` by the backend that `auto` takes against the plain torch composition, over all inputs."""
+    with backend("reference"):
+        truth = torch.stack([run(torch.float64, x) for x in inputs])
+        plain = torch.stack([run(dtype, x) for x in inputs])
+    ours = torch.stack([run(dtype, x) for x in inputs])
+    ulps = 4 * torch.finfo(dtype).eps * truth.norm() / truth.numel() ** 0.5
+    assert (ours - truth).norm() <= 2 * (plain - truth).norm() + ulps
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_error_is_at_most_twice_that_of_plain_torch(case, dtype, training):
+    def run(dtype, x):
+        with torch.no_grad():
+            return case.module(dtype).train(training and case.name in TRAINED)(x.to(dtype))
+
+    assert_error_is_at_most_twice_that_of_plain_torch(run, [x.to(dtype) for x in nearby(case.input())], dtype)
 
 
 @pytest.mark.parametrize("name", ["smg", "transition"])
@@ -145,10 +143,4 @@ def test_gradient_error_is_at_most_twice_that_of_plain_torch(name):
         case.loss(module(x)).backward()
         return torch.cat([g.grad.flatten() for g in (x, *module.parameters())])
 
-    inputs = nearby(case.input())
-    with backend("reference"):
-        truth = torch.stack([run(torch.float64, x) for x in inputs])
-        plain = torch.stack([run(torch.float32, x) for x in inputs])
-    ours = torch.stack([run(torch.float32, x) for x in inputs])
-    ulps = 4 * torch.finfo(torch.float32).eps * truth.norm() / truth.numel() ** 0.5
-    assert (ours - truth).norm() <= 2 * (plain - truth).norm() + ulps
+    assert_error_is_at_most_twice_that_of_plain_torch(run, nearby(case.input()), torch.float32)

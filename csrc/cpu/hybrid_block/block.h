@@ -100,7 +100,9 @@ class Block {
 
   BlockScratch<T> carve(int64_t threads) const {
     auto scratch = carve_scratch<BlockScratch<T>>(host_, s_, planes_, *modules_->call, threads);
+    // The planes' margins, and what vectors read behind the last position.
     std::memset(scratch.squeezed, 0, (s_.squeeze * planes_.channel + kMostVectors * kLanes<T>)*sizeof(T));
+    std::memset(scratch.u, 0, s_.growth * modules_->call->pitch * sizeof(T));
     return scratch;
   }
 

@@ -1,0 +1,93 @@
+"""When HCGNet modules run as the operator `hybrid_block`, and the tensors that they hand to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyext.nn.memory_format import memory_format_of
+from pyext.ops.hybrid_block import OPERATOR, hybrid_block
+
+_CELLS = ("conv1_1x1", "conv2_3x3")
+_NORM = ("weight", "bias")
+_STATISTICS = ("running_mean", "running_var")
+
+
+def run_block(layers: Sequence[Any], x: Tensor, *, stride: int = 1, dense: bool = True) -> Tensor | None:
+    """What `layers`, SMG modules or (not `dense`) one transition, make of x (N, C, H, W); None where they do not say
+    what the operator computes: training, gradients, tracing, hooks, replaced submodules, modules of different widths.
+    The memory format is kept.
+
+    Raises:
+        ValueError, TypeError: as `hybrid_block`.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _autocasts(x):
+        return None
+    if not all(_computes_the_operator(layer, stride) for layer in layers) or not _alike(layers):
+        return None
+    tensors = [tensor for layer in layers for tensor in _tensors(layer)]
+    if not OPERATOR.has_kernel(x, tensors):
+        return None
+    result = hybrid_block(x, tensors, stride=stride, dense=dense, eps=layers[0]._modules["bn_forget"].eps)
+    return result.contiguous(memory_format=memory_format_of(x))
+
+
+def _autocasts(x: Tensor) -> bool:
+    kind = x.device.type
+    return torch.is_autocast_enabled(kind) and x.dtype != torch.get_autocast_dtype(kind)
+
+
+def _hooked(module: Any) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _computes_the_operator(layer: Any, stride: int) -> bool:
+    if layer.unfused_reason() is not None:
+        return False
+    eps = layer._modules["bn_forget"].eps
+    if layer._modules["bn_forget"].training:  # the gates' four normalisations are alike
+        return False
+    for name, taps, pitch in (("conv1_1x1", 1, 1), ("conv2_3x3", 3, stride)):
+        cell = layer._modules[name]
+        norm, conv = cell._modules["norm"], cell._modules["conv"]
+        if type(norm) is not nn.BatchNorm2d or type(conv) is not nn.Conv2d:
+            return False
+        if _hooked(cell) or _hooked(norm) or _hooked(conv) or norm.training or norm.eps != eps or not norm.affine:
+            return False
+        geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode)
+        if geometry != ((taps, taps), (pitch, pitch), (taps // 2, taps // 2), (1, 1), "zeros"):
+            return False
+        if norm._buffers["running_mean"] is None or conv._parameters.get("bias") is not None:
+            return False
+    return layer._modules["conv1_1x1"]._modules["conv"].groups == 1
+
+
+def _alike(layers: Sequence[Any]) -> bool:
+    """Whether all modules are of the widths of the first."""
+    first = _widths(layers[0])
+    return all(_widths(layer) == first for layer in layers)
+
+
+def _widths(layer: Any) -> tuple[Any, ...]:
+    own = layer._modules
+    first, second = own["conv1_1x1"]._modules["conv"], own["conv2_3x3"]._modules["conv"]
+    return first.out_channels, second.out_channels, second.groups, own["fcall"].out_channels, own["fc1"].out_channels
+
+
+def _tensors(layer: Any) -> Iterator[Tensor]:
+    # Through the dictionaries, for speed; a replica of nn.DataParallel holds its parameters as plain attributes.
+    for name in _CELLS:
+        cell = layer._modules[name]._modules
+        norm, conv = cell["norm"], cell["conv"]
+        parameters = norm._parameters or norm.__dict__
+        yield from (parameters[kind] for kind in _NORM)
+        yield from (norm._buffers[kind] for kind in _STATISTICS)
+        yield (conv._parameters or conv.__dict__)["weight"]
+    parameters, running = layer.gate_tensors()
+    yield from parameters
+    yield from running
