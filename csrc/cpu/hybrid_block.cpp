@@ -73,6 +73,7 @@ Tensor forward(const Tensor& x, const std::vector<Tensor>& tensors, const std::v
   const std::optional<DType> dtype = dtype_of(x);
   STD_TORCH_CHECK(x.is_cpu() && dtype.has_value(),
                   "hybrid_block: x must be a CPU tensor of float32, float64, bfloat16 or float16");
+  STD_TORCH_CHECK(eps >= 0, "hybrid_block: eps is ", eps, ", expected at least 0");
   args.dtype = *dtype;
   args.eps = eps;
   args.x = map_of(x);
