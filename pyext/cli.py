@@ -181,8 +181,8 @@ def _eval(options: argparse.Namespace) -> None:
             network.to(device), card, images, device, options.batch_size, options.workers
         )
     print(
-        f"HCGNet {card.arch} on {len(images.held_out)} held-out images of {images.name}: top-1 {scores.top1:.2%}, "
-        f"top-5 {scores.top5:.2%}, loss {scores.loss:.4f}, {speed:.0f} images/s on {device}"
+        f"{type(network).__name__} {card.arch} on {len(images.held_out)} held-out images of {images.name}: "
+        f"top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%}, loss {scores.loss:.4f}, {speed:.0f} images/s on {device}"
     )
 
 

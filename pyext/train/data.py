@@ -30,6 +30,10 @@ Batch = tuple[Tensor, Tensor]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+IndexedBatch = tuple[Tensor, Tensor, Tensor]
+"""A batch with the images' places in the data set, (N,) int64."""
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """What a network expects of its input: side of the square image, and the mean and deviation per RGB channel."""
@@ -104,6 +108,11 @@ class FolderImages(Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
+    @property
+    def labels(self) -> Tensor:
+        """(N,) int64, as `ArrayImages` has them."""
+        return torch.tensor([label for _, label in self.files])
+
     def __getitems__(self, keys: Sequence[Key]) -> Batch | UserError:
         # A data-loading worker would wrap an exception's message in its traceback, so the error travels as a value.
         try:
@@ -117,6 +126,17 @@ class FolderImages(Dataset):
         with torch.random.fork_rng(devices=[]):
             seed_all(self.seed, Stream.AUGMENTATION, epoch, index)
             return to_tensor(self.transform(image))
+
+
+class IndexedImages(Dataset):
+    """`images` whose batches also tell each image's place in it."""
+
+    def __init__(self, images: ArrayImages | FolderImages):
+        self.images = images
+
+    def __getitems__(self, keys: Sequence[Key]) -> IndexedBatch | UserError:
+        batch = self.images.__getitems__(keys)
+        return batch if isinstance(batch, UserError) else (*batch, torch.tensor([index for _, index in keys]))
 
 
 def open_image(path: str | Path) -> Any:
@@ -190,7 +210,9 @@ class HeldOutBatches(Sampler):
             yield [(0, index) for index in self.indices[first : first + self.batch_size]]
 
 
-def loader(images: ArrayImages | FolderImages, batches: Sampler, workers: int, pin_memory: bool) -> DataLoader:
+def loader(
+    images: ArrayImages | FolderImages | IndexedImages, batches: Sampler, workers: int, pin_memory: bool
+) -> DataLoader:
     """A DataLoader over `images` in the order of `batches`; its workers live as long as it does."""
     return DataLoader(
         images,
@@ -206,8 +228,9 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def checked(batches: DataLoader) -> Iterator[Batch]:
-    """The batches of a `loader`; raises the UserError that a worker met."""
+def checked(batches: DataLoader) -> Iterator[Any]:
+    """The batches of a `loader`, `IndexedBatch` over `IndexedImages` and else `Batch`; raises the UserError that a
+    worker met."""
     for batch in batches:
         if isinstance(batch, UserError):
             raise batch

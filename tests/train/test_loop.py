@@ -111,8 +111,8 @@ folder = Path(sys.argv[1])
 settings = Settings("tiny", "digits", folder / "run", Recipe(epochs=1, batch_size=480), image_size=8, log_every=1)
 trainer = Trainer(settings)
 step, seen = trainer._step, []
-def watched(images, labels):
-    loss = step(images, labels)
+def watched(images, labels, index):
+    loss = step(images, labels, index)
     seen.append((float(loss), images.clone(), labels.clone()))
     return loss
 trainer._step = watched
