@@ -3,6 +3,7 @@
 `peers` builds them from any backbone; `pyext train mcl-okd` trains them and exports one.
 """
 
+from pyext.distill.distillation import Distillation
 from pyext.distill.peers import PeerOutputs, Peers, peers
 
-__all__ = ["PeerOutputs", "Peers", "peers"]
+__all__ = ["Distillation", "PeerOutputs", "Peers", "peers"]

@@ -8,9 +8,9 @@ into floats on the device.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -74,6 +74,10 @@ class ArrayImages(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
+    def part(self, index: np.ndarray, like: ArrayImages) -> ArrayImages:
+        """The images at `index`, augmented as `like` is."""
+        return ArrayImages(self.images[index], self.labels[index], like.shift, like.flip, like.seed)
+
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         index = torch.tensor([key[1] for key in keys])
         images = self.images[index]
@@ -107,6 +111,10 @@ class FolderImages(Dataset):
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def part(self, index: np.ndarray, like: FolderImages) -> FolderImages:
+        """The images at `index`, transformed as `like` does."""
+        return FolderImages([self.files[i] for i in index], like.transform, like.seed)
 
     @property
     def labels(self) -> Tensor:
@@ -257,6 +265,28 @@ def load_data(name: str, folder: str | Path | None, image_size: int | None = Non
             usage=True,
         )
     return _folder(name, Path(name), image_size or 224, seed)
+
+
+def with_validation(data: ImageData, share: float, seed: int) -> ImageData:
+    """`data` whose training part is split: `share` of each class is held out in place of `data`'s held-out images.
+
+    They are preprocessed as those are, without augmentation. At least one image of each class is held out and one
+    stays; UserError when a class has fewer than two. The draw depends on `seed` alone.
+    """
+    labels, random = data.train.labels.numpy(), generator(seed, Stream.VALIDATION)
+    validation = np.zeros(len(labels), dtype=bool)
+    for label, name in enumerate(data.classes):
+        members = np.flatnonzero(labels == label)
+        if len(members) < 2:
+            raise UserError(
+                f"class {name} of {data.name} has {len(members)} training images: a validation part needs 2."
+            )
+        held_out = min(max(1, round(share * len(members))), len(members) - 1)
+        validation[random.permutation(members)[:held_out]] = True
+    kept, held = np.flatnonzero(~validation), np.flatnonzero(validation)
+    # mypy cannot know that both parts are of one kind.
+    train, like = cast("Any", data.train), data.held_out
+    return replace(data, train=train.part(kept, train), held_out=train.part(held, like))
 
 
 def _digits(image_size: int, seed: int) -> ImageData:
