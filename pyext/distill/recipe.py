@@ -36,8 +36,9 @@ class DistillationRecipe(BaseRecipe):
     same without the contrast; ``"dml"``: deep mutual learning between independent networks; ``"independent"``:
     cross-entropy alone. `share_until` names the last stage that the peers share; None means the method's own choice
     (the network's first stage, or nothing for the latter two), ``"none"`` nothing. `contrast` None: ``"bank"`` for
-    mcl-okd, and the others have none. `num_negatives` None: see `LARGE`. `validation` is the share of each class's training images by which the deployed peer is selected: they are
-    not trained on, and the held-out images play no part in the selection.
+    mcl-okd, and the others have none. `num_negatives` None: see `LARGE`. `validation` is the share of each class's
+    training images by which the deployed peer is selected: they are not trained on, and the held-out images play no
+    part in the selection.
     """
 
     epochs: int = 300
