@@ -10,10 +10,16 @@ from pathlib import Path
 from typing import Any
 
 _TRAIN_HELP = """
-Defaults are the paper's recipe for CIFAR (SGD with Nesterov momentum, cosine restarts, mixup, DropBlock); with --data
-imagenet they are the published ImageNet code's (630 epochs, learning rate 0.1 per 256 images, weight decay 4e-5,
+hcgnet: defaults are the paper's recipe for CIFAR (SGD with Nesterov momentum, cosine restarts, mixup, DropBlock); with
+--data imagenet they are the published ImageNet code's (630 epochs, learning rate 0.1 per 256 images, weight decay 4e-5,
 mixup 0.4, label smoothing 0.1, AutoAugment). The published CIFAR runs of A3 start the schedule anew after 630 epochs:
 --repeat-at 630.
+
+mcl-okd: several networks learn together, online distillation with contrast between them (arXiv 2006.04093): SGD with
+momentum, one cosine, cross-entropy of each, the last taught by the mean of all, 0.025 times the contrast over memory
+banks. A part of the training images (--validation) selects the peer to deploy, whose weights are exported each epoch;
+summary.json has every peer's and the ensemble's accuracy on the held-out images after the last one. Its --epochs fix
+the learning rates, so a finished run is not made longer.
 
 Several processes and machines: `torchrun --nproc-per-node 8 -m pyext train hcgnet ...`. --batch-size counts all images
 of a step together. Batch norm uses each process's own share of the batch, and the first process's running statistics

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from training_helpers import KILLED, assert_same_run, losses, python
+from training_helpers import KILLED, assert_same_run, losses, python, with_torchvision, write_images
 
 from pyext import cli, models
 from pyext.checkpoint import load_checkpoint
@@ -177,6 +177,29 @@ def test_backbones_train(arch):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
 
 
+@with_torchvision
+def test_peers_train_on_a_folder_of_images(tmp_path, capsys):
+    for seed, (part, count) in enumerate((("train", 10), ("val", 3))):
+        write_images(tmp_path / part, ("red", "green", "blue"), count, seed=seed)
+    command = ["train", "mcl-okd", "--arch", "tiny", "--data", str(tmp_path), "--image-size", "16", "--peers", "2"]
+    command += ["--batch-size", "6", "--epochs", "8", "--validation", "0.2", "--negatives", "8"]
+    assert cli.main([*command, "--output", str(tmp_path / "run")]) == 0
+    assert "24 training and 6 held-out images of 3 classes" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["top1"] == 1
+    parts = with_validation(load_data(str(tmp_path), None, 16), 0.2, 0)
+    assert sorted(parts.train.files + parts.held_out.files) == load_data(str(tmp_path), None, 16).train.files
+    assert parts.held_out.labels.bincount().tolist() == [2, 2, 2]
+
+
+def test_bf16_trains_the_banks_in_float32(tmp_path):
+    assert cli.main([*SMALL, "--epochs", "1", "--amp", "bf16", "--output", str(tmp_path / "run")]) == 0
+    state = load_checkpoint(tmp_path / "run" / "last.pt")["training"]
+    banks = [state[f"contrast.contrast.memory_v{i}"] for i in range(2)]
+    assert all(bank.dtype == torch.float32 and bank.isfinite().all() for bank in banks)
+    # A row has length 1 once it has moved: those of the images in the epoch's five batches.
+    assert (banks[0].norm(dim=1) - 1).abs().lt(1e-5).sum() == 5 * 216
+
+
 def test_schedule_is_torchs_cosine():
     recipe = DistillationRecipe()
     optimizer = recipe.optimizer(nn.Linear(2, 2))
@@ -236,6 +259,15 @@ def test_wrong_use(options, words, tmp_path, capsys):
     assert status == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_banks_are_refused_where_processes_would_overwrite_each_others_rows(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    data = load_data("digits", None, 8)
+    with pytest.raises(UserError, match="memory banks need one process for now"):
+        DistillationRecipe().network("tiny", data)
+    assert DistillationRecipe(contrast="none").network("tiny", data).contrast is None
 
 
 def test_options_of_mcl_okd_are_refused_by_hcgnet(capsys):
