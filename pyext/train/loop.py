@@ -159,7 +159,7 @@ class Trainer:
             self._announce(done)
             while self.epoch < self.recipe.epochs:
                 step_seconds += self._run_epoch()
-        return self._summarise(step_seconds)
+            return self._summarise(step_seconds)
 
     @property
     def _first(self) -> bool:

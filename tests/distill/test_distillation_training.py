@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from training_helpers import KILLED, assert_same_run, losses, python, with_torchvision, write_images
 
-from pyext import cli, models
+from pyext import _backend, cli, models
 from pyext.checkpoint import load_checkpoint
 from pyext.distill import Distillation, PeerOutputs, peers
 from pyext.distill.recipe import DistillationRecipe
@@ -166,6 +166,19 @@ def test_baselines_train_and_export(tmp_path, method, capsys):
     assert cli.main([*SMALL, "--method", method, "--epochs", "1", "--output", str(folder)]) == 0
     assert json.loads((folder / "summary.json").read_text())["method"] == method
     assert cli.main(["eval", str(folder)]) == 0
+
+
+def test_plain_runs_the_reference_in_the_last_evaluation_too(tmp_path, monkeypatch):
+    evaluate, seen = DistillationRecipe.evaluate, []
+
+    def watched(self, *arguments):
+        sums = evaluate(self, *arguments)
+        seen.append((_backend._requested, float(sums[0, 3])))
+        return sums
+
+    monkeypatch.setattr(DistillationRecipe, "evaluate", watched)
+    assert cli.main([*SMALL, "--plain", "--epochs", "1", "--output", str(tmp_path / "run")]) == 0
+    assert seen == [("reference", 142), ("reference", 360)]
 
 
 @pytest.mark.parametrize("arch", ["resnet32", "densenet40-12", "vgg16"])
