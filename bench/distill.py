@@ -93,8 +93,8 @@ def report(saved: dict[str, Any]) -> str:
     return f"""# Online distillation on the digits
 
 `python -m bench.distill`, {saved["machine"]["date"]}, {saved["machine"]["CPU"]}. Network {ARCH}, images of
-{IMAGE_SIZE}x{IMAGE_SIZE}, {saved["epochs"]} epochs, {len({r["seed"] for r in records})} seeds, else the defaults of
-`pyext train mcl-okd`. Top-1 in per cent on {held_out} held-out images (one image is {100 / held_out:.2f}), mean and
+{IMAGE_SIZE}x{IMAGE_SIZE}, {saved["epochs"]} epochs, {len({r["seed"] for r in records})} seeds, else the defaults of `pyext train mcl-okd`.
+Seconds are medians of whole processes, with whatever else the machine did. Top-1 in per cent on {held_out} held-out images (one image is {100 / held_out:.2f}), mean and
 standard deviation over the seeds; differences are paired by seed. The deployed peer is the best on a tenth of the
 training images, on which no run trains.
 
