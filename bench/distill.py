@@ -90,13 +90,14 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 def report(saved: dict[str, Any]) -> str:
     """The whole Markdown file."""
     records, held_out = saved["records"], len(load_data(DATA, None, IMAGE_SIZE).held_out)
+    seeds = len({record["seed"] for record in records})
     return f"""# Online distillation on the digits
 
 `python -m bench.distill`, {saved["machine"]["date"]}, {saved["machine"]["CPU"]}. Network {ARCH}, images of
-{IMAGE_SIZE}x{IMAGE_SIZE}, {saved["epochs"]} epochs, {len({r["seed"] for r in records})} seeds, else the defaults of `pyext train mcl-okd`.
-Seconds are medians of whole processes, with whatever else the machine did. Top-1 in per cent on {held_out} held-out images (one image is {100 / held_out:.2f}), mean and
-standard deviation over the seeds; differences are paired by seed. The deployed peer is the best on a tenth of the
-training images, on which no run trains.
+{IMAGE_SIZE}x{IMAGE_SIZE}, {saved["epochs"]} epochs, {seeds} seeds, else the defaults of `pyext train mcl-okd`. Top-1 in
+per cent on {held_out} held-out images (one image is {100 / held_out:.2f}), mean and standard deviation over the seeds;
+differences are paired by seed. The deployed peer is the best on a tenth of the training images, on which no run trains.
+Seconds are medians of whole processes, with whatever else the machine did.
 
 {table(records)}
 
