@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from training_helpers import SMALL, python
+from training_helpers import KILLED, SMALL, assert_same_run, losses, python
 
 from pyext import _backend, cli
 from pyext.checkpoint import load_checkpoint
@@ -20,38 +20,6 @@ from pyext.train.networks import build
 from pyext.train.progress import PeakMemory
 from pyext.train.randomness import Stream, seed_all
 from pyext.train.runs import Table
-
-KILLED = """
-import os, signal, sys
-from pyext import cli
-from pyext.train.runs import Table
-
-add = Table.add
-def add_and_die(self, *values):
-    add(self, *values)
-    if self.path.name == "steps.csv" and values[:2] == ({epoch}, {step}):
-        os.kill(os.getpid(), signal.SIGKILL)
-Table.add = add_and_die
-sys.exit(cli.main(sys.argv[1:]))
-"""
-
-
-def losses(folder):
-    return (folder / "steps.csv").read_text()
-
-
-def epochs(folder):
-    """The rows of epochs.csv without the two columns that tell the time."""
-    return [line.rsplit(",", 2)[0] for line in (folder / "epochs.csv").read_text().splitlines()]
-
-
-def assert_same_run(first, second):
-    assert losses(first) == losses(second)
-    assert epochs(first) == epochs(second)
-    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
-    states = [load_checkpoint(folder / "last.pt") for folder in (first, second)]
-    for state, other in zip(*(s["optimizer"]["state"].values() for s in states), strict=True):
-        assert torch.equal(state["momentum_buffer"], other["momentum_buffer"])
 
 
 def test_run_killed_in_the_middle_of_an_epoch_resumes_with_the_same_losses(tmp_path):
@@ -111,8 +79,8 @@ folder = Path(sys.argv[1])
 settings = Settings("tiny", "digits", folder / "run", Recipe(epochs=1, batch_size=480), image_size=8, log_every=1)
 trainer = Trainer(settings)
 step, seen = trainer._step, []
-def watched(images, labels):
-    loss = step(images, labels)
+def watched(images, labels, index):
+    loss = step(images, labels, index)
     seen.append((float(loss), images.clone(), labels.clone()))
     return loss
 trainer._step = watched
