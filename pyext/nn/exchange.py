@@ -38,7 +38,7 @@ def agree(group: dist.ProcessGroup, error: Exception | None, facts: Mapping[str,
 
 
 class _Gather(torch.autograd.Function):
-    """torch.distributed.nn.functional.all_gather sums by all_to_all, which gloo lacks; this needs all_reduce alone."""
+    """Backward is all_reduce and a slice, which every backend has; the embeddings of a batch are small."""
 
     @staticmethod
     def forward(ctx, x, group):

@@ -114,6 +114,7 @@ class MemoryContrast(nn.Module):
             self.register_buffer(f"_table_{field}", None, persistent=False)
         self._pending: tuple[Tensor, Tensor] | None = None
         self._group: dist.ProcessGroup | None = None
+        self._replicated = False
         if labels is not None:
             self.set_labels(labels)
         self.register_state_dict_pre_hook(_finish_update)
@@ -134,15 +135,13 @@ class MemoryContrast(nn.Module):
     def distribute(self, group: dist.ProcessGroup | None = None) -> None:
         """Contrast over the batches of all processes of `group` (None: the default one) from now on; call it on all.
 
-        Banks are replicated, and begin as the first process's. From then on a forward pass is a collective: it gathers
-        embeddings and indices, every process computes the one loss of the whole batch, because the normaliser Z is a
+        Banks are replicated, and the first forward pass makes them the first process's. A forward pass is a collective
+        then: it gathers embeddings and indices, every process computes the one loss of the whole batch, because the normaliser Z is a
         mean over all of it, and the same rows move on every process in the order of ranks: banks stay bit-equal
         without being sent. The gradient is right under DistributedDataParallel, which averages; `banks_in` names the
         buffers that it should leave alone. Each process does the work of the whole batch.
         """
-        self._group = dist.group.WORLD if group is None else group
-        for bank in self.contrast.banks():
-            dist.broadcast(bank, group=self._group, group_src=0)
+        self._group, self._replicated = dist.group.WORLD if group is None else group, False
 
     def draw(self, index: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """(B, num_negatives) rows for the images `index`: of other classes, or any where `relaxed`."""
@@ -197,6 +196,10 @@ class MemoryContrast(nn.Module):
             agree(self._group, error, dict.fromkeys(_FACTS, 0), self.contrast.banks()[0].device)
             raise
         agree(self._group, None, dict(zip(_FACTS, indices.shape, strict=True)), embeddings.device)
+        if not self._replicated:
+            for bank in self.contrast.banks():
+                dist.broadcast(bank, group=self._group, group_src=0)
+            self._replicated = True
         return gather(embeddings, self._group, dim=1), gather(indices, self._group)
 
     def _own(self, features: Sequence[Tensor], index: Tensor, negatives: Tensor | None) -> tuple[Tensor, Tensor]:
