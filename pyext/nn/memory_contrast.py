@@ -138,8 +138,8 @@ class MemoryContrast(nn.Module):
         Banks are replicated, and the first forward pass makes them the first process's. A forward pass is a collective
         then: it gathers embeddings and indices, every process computes the one loss of the whole batch, because the
         normaliser Z is a mean over all of it, and the same rows move on every process in the order of ranks: banks stay
-        bit-equal without being sent. The gradient is right under DistributedDataParallel, which averages; `banks_in` names the
-        buffers that it should leave alone. Each process does the work of the whole batch.
+        bit-equal without being sent. The gradient is right under DistributedDataParallel, which averages;
+        `banks_in` names the buffers that it should leave alone. Each process does the work of the whole batch.
         """
         self._group, self._replicated = dist.group.WORLD if group is None else group, False
 

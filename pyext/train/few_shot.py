@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,12 +56,13 @@ def held_out_features(
     network: nn.Module, images: ImageData, preprocessing: Preprocessing, device: torch.device, batch_size: int = 128
 ) -> tuple[Tensor, Tensor]:
     """(n, F) float32 features of all held-out images and their (n,) labels, on the CPU; `network` is in eval mode."""
-    if not hasattr(network, "forward_features"):
+    extract: Any = getattr(network, "forward_features", None)
+    if extract is None:
         raise UserError(f"{type(network).__name__} has no forward_features, whose output few-shot episodes classify.")
     batches = loader(images.held_out, HeldOutBatches(len(images.held_out), batch_size), 0, device.type == "cuda")
     features, labels = [], []
     for pixels, classes in checked(batches):
-        features.append(network.forward_features(preprocessing.normalise(pixels.to(device))).float().cpu())
+        features.append(extract(preprocessing.normalise(pixels.to(device))).float().cpu())
         labels.append(classes)
     return torch.cat(features), torch.cat(labels)
 
