@@ -32,7 +32,10 @@ number of threads the losses are the same bit for bit (CUDA's own kernels may ad
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 for a failed run, 2 for a wrong command, 130 when stopped."""
-    options = _parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:2] == ["eval", "few-shot"]:  # `pyext eval CHECKPOINT` leaves argparse no place for a command below eval
+        words[:2] = ["eval few-shot"]
+    options = _parser().parse_args(words)
     from pyext.checkpoint import CheckpointError
     from pyext.train.errors import UserError
     from pyext.train.loop import Interrupted
@@ -60,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
     _add_eval(commands)
+    _add_few_shot(commands)
     _add_predict(commands)
     demo = commands.add_parser("demo", help="train a small HCGNet with plain torch and with pyext, and compare")
     demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for logs and plot (%(default)s)")
@@ -138,6 +142,26 @@ def _add_eval(commands: Any) -> None:
     evaluate.add_argument("--batch-size", type=_positive, default=128)
     evaluate.add_argument("--workers", type=_count, default=0)
     evaluate.set_defaults(run=_eval)
+
+
+def _add_few_shot(commands: Any) -> None:
+    few_shot = commands.add_parser(
+        "eval few-shot",
+        help="accuracy of N-way K-shot episodes on frozen features",
+        epilog="Classes are those of the held-out images of --data: a folder of other classes than the network was "
+        "trained on makes them novel; the training data's own classes are not.",
+    )
+    _add_checkpoint(few_shot)
+    _add_data(few_shot, default=None)
+    few_shot.add_argument("--batch-size", type=_positive, default=128)
+    few_shot.add_argument("--ways", type=_positive, default=5, help="classes of an episode (%(default)s)")
+    few_shot.add_argument("--shots", type=_positive, default=1, help="labelled images of each (%(default)s)")
+    few_shot.add_argument("--queries", type=_positive, default=15, help="other images of each (%(default)s)")
+    few_shot.add_argument("--episodes", type=_positive, default=600, dest="count", metavar="EPISODES", help="(600)")
+    few_shot.add_argument("--probe", choices=["centroid", "linear"], default="centroid", help="(%(default)s)")
+    few_shot.add_argument("--raw", action="store_false", dest="normalise", help="features at their own length")
+    few_shot.add_argument("--seed", type=_count, default=0)
+    few_shot.set_defaults(run=_few_shot)
 
 
 def _add_predict(commands: Any) -> None:
@@ -240,6 +264,25 @@ def _eval(options: argparse.Namespace) -> None:
     print(
         f"{type(network).__name__} {card.arch} on {len(images.held_out)} held-out images of {images.name}: "
         f"top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%}, loss {scores.loss:.4f}, {speed:.0f} images/s on {device}"
+    )
+
+
+def _few_shot(options: argparse.Namespace) -> None:
+    from pyext.train import evaluation
+    from pyext.train.data import load_data
+    from pyext.train.few_shot import Episodes, evaluate, held_out_features
+    from pyext.train.networks import kernels
+
+    episodes = Episodes(**{field.name: getattr(options, field.name) for field in fields(Episodes)})
+    device = evaluation.choose_device(options.device)
+    network, card = evaluation.open_network(options.checkpoint, options.arch, options.data, options.data_dir)
+    images = load_data(options.data or card.data, options.data_dir, card.preprocessing.image_size)
+    with kernels(options.plain):
+        found = held_out_features(network.to(device), images, card.preprocessing, device, options.batch_size)
+    scores = evaluate(*found, episodes)
+    print(
+        f"{episodes.ways}-way {episodes.shots}-shot, {episodes.count} episodes, {episodes.probe} probe, {images.name}: "
+        f"accuracy {scores.mean:.2%} ± {scores.interval:.2%} (95 % confidence)"
     )
 
 

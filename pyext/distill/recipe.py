@@ -10,11 +10,13 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from pyext.distill.distillation import Distillation
 from pyext.distill.peers import peers
 from pyext.models import Backbone
 from pyext.nn import EnsembleDistillation, MemoryContrast, MutualDistillation
+from pyext.nn.memory_contrast import banks_in
 from pyext.train.base_recipe import BaseRecipe
 from pyext.train.data import Batch, ImageData, Preprocessing, with_validation
 from pyext.train.errors import UserError
@@ -87,7 +89,10 @@ class DistillationRecipe(BaseRecipe):
             raise UserError(f"--share-until {self.share_until}: {error}.", usage=True) from error
         contrasted = self.method == "mcl-okd" and self.contrast != "none"
         contrast = self._contrast(group.num_features, data) if contrasted else None
-        return Distillation(group, self._distillation(), contrast, self.contrast_weight)
+        network = Distillation(group, self._distillation(), contrast, self.contrast_weight)
+        # Banks are equal on all processes as they are; sending them would cost 100 MB a step.
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, banks_in(network))
+        return network
 
     def _shared(self, arch: str, data: ImageData) -> str | None:
         if self.share_until is None and self.method in ("mcl-okd", "kd"):
@@ -102,10 +107,15 @@ class DistillationRecipe(BaseRecipe):
         return MutualDistillation() if self.method == "dml" else EnsembleDistillation(self.temperature)
 
     def _contrast(self, num_features: int, data: ImageData) -> MemoryContrast:
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise UserError("memory banks need one process for now: --contrast none trains with several.", usage=True)
+        processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        if self.batch_size % processes:
+            raise UserError(
+                f"--batch-size {self.batch_size} cannot be shared equally by {processes} processes, as contrast over "
+                "memory banks needs.",
+                usage=True,
+            )
         samples = len(data.train)
-        return MemoryContrast(
+        contrast = MemoryContrast(
             self.num_peers,
             num_features,
             self.embedding_dim,
@@ -114,6 +124,9 @@ class DistillationRecipe(BaseRecipe):
             temperature=self.contrast_temperature,
             labels=data.train.labels,
         )
+        if processes > 1:
+            contrast.distribute()
+        return contrast
 
     def loss(self, module: nn.Module, images: Tensor, labels: Tensor, index: Tensor, seed: int, *place: int) -> Tensor:
         """The method's loss; the negatives come from torch's generator, which the loop seeds by the step's place."""

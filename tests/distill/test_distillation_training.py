@@ -274,12 +274,12 @@ def test_wrong_use(options, words, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_banks_are_refused_where_processes_would_overwrite_each_others_rows(monkeypatch):
+def test_banks_need_equal_shares_of_the_batch(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     data = load_data("digits", None, 8)
-    with pytest.raises(UserError, match="memory banks need one process for now"):
-        DistillationRecipe().network("tiny", data)
+    with pytest.raises(UserError, match="batch-size 63 cannot be shared equally by 2"):
+        DistillationRecipe(batch_size=63).network("tiny", data)
     assert DistillationRecipe(contrast="none").network("tiny", data).contrast is None
 
 
