@@ -166,6 +166,22 @@ def test_nan_stays_in_its_image():
     assert run(u, parameters, running, True)["out"].isnan().all()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("branch", ["conv_3x3.conv.weight", "conv_5x5.conv.weight"])
+@pytest.mark.parametrize("shape", [(3, 3, 5, 1, 2, 2), (3, 3, 1, 5, 2, 2), (3, 3, 2, 2, 2, 2), SMALL], ids=str)
+def test_tap_that_is_not_finite_also_where_it_meets_padding_alone(shape, branch, value):
+    """Plain torch in float64 multiplies the zero padding by it; in float32 that depends on the shape."""
+    exact = inputs(shape, torch.float64)
+    for tap in range(9):
+        exact[1][PARAMETERS.index(branch)].view(-1, 9)[1] = 0.5
+        exact[1][PARAMETERS.index(branch)].view(-1, 9)[1, tap] = value
+        for training in (False, True):
+            expected = reference(exact[0], exact[1], [r.clone() for r in exact[2]], training).isfinite()
+            for dtype in (torch.float64, torch.float32):
+                u, *others = (exact[0].to(dtype), *([x.to(dtype) for x in tensors] for tensors in exact[1:]))
+                assert torch.equal(run(u, *others, training)["out"].isfinite(), expected)
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_empty_batch(backend, training):
