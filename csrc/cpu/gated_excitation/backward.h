@@ -23,27 +23,33 @@ struct GateGradients {
     select = arena.take<T>(batch * c);
     pooled = arena.take<T>(batch * c);
     mix = arena.take<T>(batch * 2 * c);
-    both = arena.take<T>(batch * 2 * call.sizes.channels);
+    both = arena.take<T>(batch * round_up<T>(2 * call.sizes.channels));
     active = arena.take<T>(batch * call.hidden_pitch);
     hidden = arena.take<T>(batch * call.hidden_pitch);
   }
   GateGradients of_image(const Call<T>& call, int64_t n) const {
     const int64_t c = call.channel_pitch, h = call.hidden_pitch;
     return {forget + n * c, added + n * c,  forget_logit + n * c,
-            select + n * c, active + n * h, both + n * 2 * call.sizes.channels,
+            select + n * c, active + n * h, both + n * round_up<T>(2 * call.sizes.channels),
             pooled + n * c, hidden + n * h, mix + n * 2 * c};
   }
 };
 
-// to[0 .. columns) += sum_i W[i][.] x[i], rows of W contiguous; `to` is padded to whole vectors and W's last row may
-// not be read past its end, hence the scalar tail.
+// to[0 .. round_up(columns)) = sum_i W[i][.] x[i], rows of W contiguous; zero past the columns.
 template <typename T>
-void add_transposed_product(const T* w, const T* x, int64_t rows, int64_t columns, T* to) {
-  const int64_t whole = columns / kLanes<T> * kLanes<T>;
-  for (int64_t i = 0; i < rows; ++i) {
-    const T* row = w + i * columns;
-    for (int64_t j = 0; j < whole; j += kLanes<T>) store<T>(to + j, load<T>(to + j) + load<T>(row + j) * x[i]);
-    for (int64_t j = whole; j < columns; ++j) to[j] += row[j] * x[i];
+void transposed_product(const T* w, const T* x, int64_t rows, int64_t columns, T* to) {
+  constexpr int kChains = 4;
+  for (int64_t j = 0; j < columns; j += kLanes<T>) {
+    const int64_t count = columns - j;
+    const auto term = [&](int64_t i) { return load_first<T>(w + i * columns + j, count) * x[i]; };
+    Vec<T> sum[kChains] = {};
+    int64_t i = 0;
+    for (; i + kChains <= rows; i += kChains) {
+#pragma GCC unroll 4
+      for (int k = 0; k < kChains; ++k) sum[k] += term(i + k);
+    }
+    for (; i < rows; ++i) sum[0] += term(i);
+    store<T>(to + j, (sum[0] + sum[1]) + (sum[2] + sum[3]));
   }
 }
 
@@ -82,14 +88,14 @@ std::pair<T, T> sum_and_dot(const T* x, const T* y, int64_t length) {
   return {static_cast<T>(sum), static_cast<T>(dot)};
 }
 
-// dn = sum_p dout and df = sum_p dout u of one image, then back through the gates up to the BN1d outputs.
+// dn = sum_p dout and df = sum_p dout u of one image, then back through the gates up to the BN1d outputs; `select` is
+// W3 - W5.
 template <typename T>
-void gate_gradients(const Call<T>& call, const Image<const T>& u, const Image<const T>& grad, const GateVectors<T>& v,
-                    const GateGradients<T>& g) {
+void gate_gradients(const Call<T>& call, const T* select, const Image<const T>& u, const Image<const T>& grad,
+                    const GateVectors<T>& v, const GateGradients<T>& g) {
   const Sizes& s = call.sizes;
   const int64_t pitch = call.channel_pitch;
   T* grad_hidden = g.hidden;
-  std::memset(grad_hidden, 0, call.hidden_pitch * sizeof(T));
   for (int64_t c = 0; c < s.channels; ++c) {
     const auto [sum, dot] = sum_and_dot(grad.row(c), u.row(c), call.pitch);
     const T dn = sum, f = v.forget[c], alpha = v.alpha[c];
@@ -104,11 +110,8 @@ void gate_gradients(const Call<T>& call, const Image<const T>& u, const Image<co
   std::memcpy(g.pooled, v.pooled, pitch * sizeof(T));
   std::memcpy(g.both, v.both, 2 * s.channels * sizeof(T));
   std::memcpy(g.active, v.active, call.hidden_pitch * sizeof(T));
-  add_transposed_product(call.parameters[kForget2Weight], g.forget_logit, s.channels, s.forget, grad_hidden);
-  T* grad_attention = grad_hidden + call.forget_pitch;
-  add_transposed_product(call.parameters[kSelect5Weight], g.select, s.channels, s.attention, grad_attention);
-  for (int64_t i = 0; i < s.attention; ++i) grad_attention[i] = -grad_attention[i];
-  add_transposed_product(call.parameters[kSelect3Weight], g.select, s.channels, s.attention, grad_attention);
+  transposed_product(call.parameters[kForget2Weight], g.forget_logit, s.channels, s.forget, grad_hidden);
+  transposed_product(select, g.select, s.channels, s.attention, grad_hidden + call.forget_pitch);
   for (int64_t i = 0; i < call.hidden_pitch; ++i) grad_hidden[i] *= 1 - v.active[i] * v.active[i];
 }
 
@@ -125,96 +128,138 @@ struct ParameterGradients {
   }
 };
 
-// Mean and inverse standard deviation of hidden unit j, from the batch itself where its statistics are used: rounded to
-// T they would dominate the error, since a small batch's gradient is what is left of a cancellation.
+// One of the two BN1d: its units' place in a padded hidden vector and in the unpadded order.
 template <typename T>
-std::pair<double, double> hidden_moments(const Call<T>& call, const HiddenUnit<T>& unit, int64_t j) {
-  const Sizes& s = call.sizes;
-  if (!call.args.training) return {unit.mean, 1 / std::sqrt(unit.var + call.args.eps)};
-  const T* hidden = static_cast<const T*>(call.args.hidden) + j;
-  double sum = 0, squares = 0;
-  for (int64_t n = 0; n < s.batch; ++n) sum += hidden[n * s.hidden()];
-  const double mean = sum / s.batch;
-  for (int64_t n = 0; n < s.batch; ++n) squares += (hidden[n * s.hidden()] - mean) * (hidden[n * s.hidden()] - mean);
-  return {mean, 1 / std::sqrt(squares / s.batch + call.args.eps)};
-}
+struct HiddenNorm {
+  int64_t place, first, units;
+  const double *mean, *inverse;
+  const T* weight;
+  T *grad_bias, *grad_weight, *grad_linear_bias;
+};
 
-// Backward of BN1d over the whole batch: d(BN1d output) becomes d(hidden) in place.
+// Backward of one BN1d over the whole batch: d(BN1d output) becomes d(hidden) in place.
 template <typename T>
-void hidden_norm_gradients(const Call<T>& call, const GateGradients<T>& all, const ParameterGradients<T>& to) {
-  const Sizes& s = call.sizes;
-  const T* hidden = static_cast<const T*>(call.args.hidden);
-  for (int64_t j = 0; j < s.hidden(); ++j) {
-    const HiddenUnit<T> unit = hidden_unit(call, j);
-    const auto [mean, inverse] = hidden_moments(call, unit, j);
-    T* grad = all.hidden + hidden_place(call, j);
-    double sum = 0, dot = 0, total = 0;
-    for (int64_t n = 0; n < s.batch; ++n) {
-      sum += grad[n * call.hidden_pitch];
-      dot += grad[n * call.hidden_pitch] * (hidden[n * s.hidden() + j] - mean) * inverse;
+void hidden_norm_gradients(const Call<T>& call, const GateGradients<T>& all, const HiddenNorm<T>& norm) {
+  const int64_t batch = call.sizes.batch, units = norm.units;
+  const T* hidden = static_cast<const T*>(call.args.hidden) + norm.first;
+  double* __restrict sums = shared<double>(call.host, 3 * units);
+  double* __restrict dots = sums + units, * __restrict totals = dots + units;
+  std::memset(sums, 0, 3 * units * sizeof(double));
+  for (int64_t n = 0; n < batch; ++n) {
+    const T *grad = all.hidden + n * call.hidden_pitch + norm.place, *x = hidden + n * call.sizes.hidden();
+    for (int64_t j = 0; j < units; ++j) {
+      sums[j] += grad[j];
+      dots[j] += grad[j] * (x[j] - norm.mean[j]) * norm.inverse[j];
     }
-    for (int64_t n = 0; n < s.batch; ++n) {
-      double d = grad[n * call.hidden_pitch];
-      if (call.args.training) d -= (sum + (hidden[n * s.hidden() + j] - mean) * inverse * dot) / s.batch;
-      d *= unit.weight * inverse;
-      total += d;
-      grad[n * call.hidden_pitch] = static_cast<T>(d);
+  }
+  const double share = call.args.training ? 1.0 / batch : 0;
+  for (int64_t n = 0; n < batch; ++n) {
+    T* __restrict grad = all.hidden + n * call.hidden_pitch + norm.place;
+    const T* x = hidden + n * call.sizes.hidden();
+    for (int64_t j = 0; j < units; ++j) {
+      const double xhat = (x[j] - norm.mean[j]) * norm.inverse[j];
+      const double d = (grad[j] - (sums[j] + xhat * dots[j]) * share) * (norm.weight[j] * norm.inverse[j]);
+      totals[j] += d;
+      grad[j] = static_cast<T>(d);
     }
-    const bool forget = j < s.forget;
-    const int64_t i = forget ? j : j - s.forget;
-    to.at[forget ? kForgetNormBias : kAttentionNormBias][i] = static_cast<T>(sum);
-    to.at[forget ? kForgetNormWeight : kAttentionNormWeight][i] = static_cast<T>(dot);
-    to.at[forget ? kForget1Bias : kAllBias][i] = static_cast<T>(total);
+  }
+  for (int64_t j = 0; j < units; ++j) {
+    norm.grad_bias[j] = static_cast<T>(sums[j]);
+    norm.grad_weight[j] = static_cast<T>(dots[j]);
+    norm.grad_linear_bias[j] = static_cast<T>(totals[j]);
   }
 }
 
-// weight[i][j] = sign * sum_n rows[n][i] columns[n][j], one output row at a time, images in order.
+// Both BN1d. Mean and inverse standard deviation are taken from the batch itself where its statistics are used: rounded
+// to T they would dominate the error, since a small batch's gradient is what is left of a cancellation.
+template <typename T>
+void hidden_norm_gradients(const Call<T>& call, const GateGradients<T>& all, const ParameterGradients<T>& to) {
+  const Sizes& s = call.sizes;
+  double *mean = shared<double>(call.host, s.hidden()), *inverse = shared<double>(call.host, s.hidden());
+  if (call.args.training) hidden_moments(call, mean, inverse);
+  for (int64_t j = 0; j < s.hidden(); ++j) {
+    if (!call.args.training) {
+      const HiddenUnit<T> unit = hidden_unit(call, j);
+      mean[j] = unit.mean;
+      inverse[j] = unit.var;
+    }
+    inverse[j] = 1 / std::sqrt(inverse[j] + call.args.eps);
+  }
+  hidden_norm_gradients(call, all,
+                        {0, 0, s.forget, mean, inverse, call.parameters[kForgetNormWeight], to.at[kForgetNormBias],
+                         to.at[kForgetNormWeight], to.at[kForget1Bias]});
+  hidden_norm_gradients(
+      call, all,
+      {call.forget_pitch, s.forget, s.attention, mean + s.forget, inverse + s.forget,
+       call.parameters[kAttentionNormWeight], to.at[kAttentionNormBias], to.at[kAttentionNormWeight], to.at[kAllBias]});
+}
+
+// weight[i][j] = sum_n rows[n][i] columns[n][j], images in order; columns are readable up to whole vectors.
 template <typename T>
 struct OuterProducts {
   const T *rows, *columns;
   int64_t row_pitch, column_pitch, num_rows, num_columns;
-  T sign;
   T* weight;
-  void run(int64_t batch) const {
-    const int64_t whole = num_columns / kLanes<T> * kLanes<T>;
-    for (int64_t i = 0; i < num_rows; ++i) {
-      T* to = weight + i * num_columns;
-      for (int64_t j = 0; j < whole; j += kLanes<T>) {
-        Vec<T> sum{};
-        for (int64_t n = 0; n < batch; ++n) sum += load<T>(columns + n * column_pitch + j) * rows[n * row_pitch + i];
-        store<T>(to + j, sum * sign);
+  T* negative = nullptr;  // receives -weight unless null
+
+  static constexpr int kRows = 8;  // rows that share every load of a column, and chains of additions
+  int64_t blocks() const { return (num_rows + kRows - 1) / kRows; }
+  void run(int64_t batch, int64_t block) const {
+    const int64_t first = block * kRows, last = num_rows - 1;
+    int64_t row[kRows];
+    for (int k = 0; k < kRows; ++k) row[k] = first + k < last ? first + k : last;
+    for (int64_t j = 0; j < num_columns; j += kLanes<T>) {
+      Vec<T> sum[kRows] = {};
+      for (int64_t n = 0; n < batch; ++n) {
+        const Vec<T> column = load<T>(columns + n * column_pitch + j);
+#pragma GCC unroll 8
+        for (int k = 0; k < kRows; ++k) sum[k] += column * rows[n * row_pitch + row[k]];
       }
-      for (int64_t j = whole; j < num_columns; ++j) {
-        T sum = 0;
-        for (int64_t n = 0; n < batch; ++n) sum += columns[n * column_pitch + j] * rows[n * row_pitch + i];
-        to[j] = sum * sign;
+      const int64_t count = num_columns - j < kLanes<T> ? num_columns - j : kLanes<T>;
+#pragma GCC unroll 8
+      for (int k = 0; k < kRows; ++k) {
+        if (first + k > last) continue;
+        store_partial(weight + row[k] * num_columns + j, sum[k], count);
+        if (negative) store_partial(negative + row[k] * num_columns + j, -sum[k], count);
       }
     }
   }
 };
+
+// to[c] = sum_n x[n][c], rows of x padded to whole vectors.
+template <typename T>
+void sum_over_images(const Call<T>& call, const T* x, T* to, T* negative) {
+  for (int64_t c = 0; c < call.sizes.channels; c += kLanes<T>) {
+    Vec<T> sum{};
+    for (int64_t n = 0; n < call.sizes.batch; ++n) sum += load<T>(x + n * call.channel_pitch + c);
+    const int64_t left = call.sizes.channels - c, count = left < kLanes<T> ? left : kLanes<T>;
+    store_partial(to + c, sum, count);
+    if (negative) store_partial(negative + c, -sum, count);
+  }
+}
 
 template <typename T>
 void gate_weight_gradients(const Call<T>& call, const GateGradients<T>& all, const ParameterGradients<T>& to) {
   const Sizes& s = call.sizes;
   const int64_t c = call.channel_pitch, h = call.hidden_pitch, f = call.forget_pitch;
   const OuterProducts<T> products[] = {
-      {all.forget_logit, all.active, c, h, s.channels, s.forget, 1, to.at[kForget2Weight]},
-      {all.hidden, all.pooled, h, c, s.forget, s.channels, 1, to.at[kForget1Weight]},
-      {all.select, all.active + f, c, h, s.channels, s.attention, 1, to.at[kSelect3Weight]},
-      {all.select, all.active + f, c, h, s.channels, s.attention, -1, to.at[kSelect5Weight]},
-      {all.hidden + f, all.both, h, 2 * s.channels, s.attention, 2 * s.channels, 1, to.at[kAllWeight]},
+      {all.forget_logit, all.active, c, h, s.channels, s.forget, to.at[kForget2Weight]},
+      {all.hidden, all.pooled, h, c, s.forget, s.channels, to.at[kForget1Weight]},
+      {all.select, all.active + f, c, h, s.channels, s.attention, to.at[kSelect3Weight], to.at[kSelect5Weight]},
+      {all.hidden + f, all.both, h, round_up<T>(2 * s.channels), s.attention, 2 * s.channels, to.at[kAllWeight]},
   };
-  parallel(call.host, sizeof(products) / sizeof(products[0]), [&](int64_t i) { products[i].run(s.batch); });
-  for (int64_t i = 0; i < s.channels; ++i) {
-    T forget = 0, select = 0;
-    for (int64_t n = 0; n < s.batch; ++n) {
-      forget += all.forget_logit[n * c + i];
-      select += all.select[n * c + i];
+  int64_t most = 0;
+  for (const auto& product : products) most = most < product.blocks() ? product.blocks() : most;
+  // A task is one block of every product, so that tasks take nearly the same time.
+  parallel(call.host, most, [&](int64_t task) {
+    for (const auto& product : products) {
+      for (int64_t b = split(product.blocks(), most, task); b < split(product.blocks(), most, task + 1); ++b) {
+        product.run(s.batch, b);
+      }
     }
-    to.at[kForget2Bias][i] = forget;
-    to.at[kSelect3Bias][i] = select;
-    to.at[kSelect5Bias][i] = -select;
-  }
+  });
+  sum_over_images<T>(call, all.forget_logit, to.at[kForget2Bias], nullptr);
+  sum_over_images<T>(call, all.select, to.at[kSelect3Bias], to.at[kSelect5Bias]);
 }
 
 // Sums over positions and images that one thread collects for one channel; lanes are added up at the end.
@@ -394,10 +439,8 @@ void spread_image(const Call<T>& call, const Image<const T>& u, const Image<cons
 template <typename T>
 void pooled_gradients(const Call<T>& call, const GateGradients<T>& g, T* both) {
   const Sizes& s = call.sizes;
-  std::memset(g.added, 0, call.channel_pitch * sizeof(T));
-  add_transposed_product(call.parameters[kForget1Weight], g.hidden, s.forget, s.channels, g.added);
-  std::memset(both, 0, 2 * call.channel_pitch * sizeof(T));
-  add_transposed_product(call.parameters[kAllWeight], g.hidden + call.forget_pitch, s.attention, 2 * s.channels, both);
+  transposed_product(call.parameters[kForget1Weight], g.hidden, s.forget, s.channels, g.added);
+  transposed_product(call.parameters[kAllWeight], g.hidden + call.forget_pitch, s.attention, 2 * s.channels, both);
   for (int64_t c = 0; c < s.channels; ++c) {
     g.mix[c] += both[c];
     g.mix[call.channel_pitch + c] += both[s.channels + c];
@@ -493,6 +536,10 @@ void all_gate_gradients(const Call<T>& call, const GateGradients<T>& all) {
   const Sizes& s = call.sizes;
   Gates<T> gates = prepare_gates(call);
   prepare_hidden_norm(call, gates);
+  T* select = shared<T>(call.host, s.channels * s.attention);
+  for (int64_t i = 0; i < s.channels * s.attention; ++i) {
+    select[i] = call.parameters[kSelect3Weight][i] - call.parameters[kSelect5Weight][i];
+  }
   parallel_images(call.host, s.batch, [&](int64_t n) {
     const auto scratch = carve_scratch<ForwardScratch<T>>(call.host, call);
     const GateVectors<T>& v = scratch.gates;
@@ -502,7 +549,7 @@ void all_gate_gradients(const Call<T>& call, const GateGradients<T>& all) {
     gate_vectors(call, gates, v);
     const Image<const T> u = load_image<S>(call.args.u, n, s.batch, call.extent, scratch.image);
     const Image<const T> grad = load_image<S>(call.args.grad_out, n, s.batch, call.extent, scratch.result);
-    gate_gradients(call, u, grad, v, all.of_image(call, n));
+    gate_gradients(call, select, u, grad, v, all.of_image(call, n));
   });
 }
 
