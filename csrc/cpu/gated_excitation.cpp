@@ -63,7 +63,7 @@ void check_like(const Tensor& tensor, const Tensor& u, const char* name) {
   STD_TORCH_CHECK(same, "gated_excitation: ", name, " differs from u in shape, dtype or device");
 }
 
-// Contiguous parameters and the tensors that own them (u's parameters nearly always are contiguous already).
+// Contiguous parameters: the caller's own memory, or copies that this object owns.
 class Inputs {
  public:
   Inputs(const Tensor& u, const std::vector<Tensor>& parameters, const std::vector<Tensor>& running, bool training,
@@ -96,7 +96,8 @@ class Inputs {
                     tensor.numel(), " elements, expected ", numel, " on the CPU");
     STD_TORCH_CHECK(found == dtype && (found == args.dtype || (found == DType::kFloat && args.dtype != DType::kDouble)),
                     "gated_excitation: ", list, "[", index, "] has another dtype than u or float32");
-    owned_.push_back(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
+    if (tensor.is_contiguous()) return tensor.data_ptr();
+    owned_.push_back(torch::stable::contiguous(tensor));
     return owned_.back().data_ptr();
   }
   std::vector<Tensor> owned_;
