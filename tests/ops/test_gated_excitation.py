@@ -24,6 +24,7 @@ SHAPES = {
     "whole vectors": (3, 12, 16, 16, 6, 12),
     "several strips and chunks": (2, 5, 53, 47, 3, 4),
     "wide": (2, 3, 3, 1100, 2, 2),
+    "maps beyond one strip of the backward pass": (2, 9, 83, 97, 3, 4),
     "more channels than positions": (4, 130, 3, 3, 31, 65),
 }
 TRAINABLE = {name: shape for name, shape in SHAPES.items() if shape[0] > 1}

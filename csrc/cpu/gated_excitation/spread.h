@@ -16,6 +16,9 @@ struct ChannelSums {
   Vec<T> kernel[2][kTaps];
 };
 
+// Depthwise maps of one image up to this size are one strip, in the second-level cache: they are needed before and
+// after the sum over all positions that the logits' gradients contain, and larger ones are computed twice.
+constexpr int64_t kWholeBytes = 256 * 1024;
 constexpr int64_t kChunk = 1024;  // positions whose probabilities and logit gradients stay in the first-level cache
 
 // Three maps of one value per position (branches forget, 3, 5), zero past the image.
@@ -64,11 +67,11 @@ struct BackwardScratch {
     position.carve(arena, s);
     logit.carve(arena, s);
     maps.carve(arena, s);
-    strip.carve(arena, s);
+    strip.carve(arena, s, kWholeBytes);
   }
 };
 
-// Gradients of the forget gate's position logits: dl = pi (d - dot), d = sum_c dc[c] u[c, p], dot = sum_p pi d.
+// Gradients of the position logits: dl = pi (d - dot), d = sum_c dc[c] x[c, p], dot = sum_p pi d.
 template <typename T>
 void logit_gradients(const T* probability, T* logit, int64_t pitch) {
   Vec<T> dot{};
@@ -79,39 +82,44 @@ void logit_gradients(const T* probability, T* logit, int64_t pitch) {
   }
 }
 
-// The same for branch B, whose maps a pass by strip by strip: dot = sum_c dc[c] c[c], since c[c] = sum_p pi a[c, p]. On
-// the way, the gradient of the logits' weight: dw[c] = sum_p dl a[c, p].
+// sums[c].context[B] += sum_i dl[i] maps[c * pitch + i], the gradient of the logits' weight, of one strip.
 template <typename T, int B>
-void branch_logit_gradients(const Call<T>& call, const Image<const T>& u, const T* grad_pooled, const T* pooled,
+void add_context(const Strip<T>& strip, int64_t channels, const T* logit, int64_t count, ChannelSums<T>* sums) {
+  for (int64_t i = 0; i < count; i += kLanes<T>) store<T>(strip.weights + i, load_first<T>(logit + i, count - i));
+  Vec<T> sum[4];
+  int64_t c = 0;
+  for (; c + 4 <= channels; c += 4) {
+    pool_channels<T, 4>(strip.maps + c * strip.pitch, strip.pitch, strip.weights, count, sum, true, 0);
+    for (int i = 0; i < 4; ++i) sums[c + i].context[B] += sum[i];
+  }
+  for (; c < channels; ++c) {
+    pool_channels<T, 1>(strip.maps + c * strip.pitch, strip.pitch, strip.weights, count, sum, true, 0);
+    sums[c].context[B] += sum[0];
+  }
+}
+
+// Gradients of branch B's position logits, and of their weight.
+template <typename T, int B>
+void branch_logit_gradients(const Call<T>& call, const Image<const T>& u, const T* grad_pooled,
                             const BackwardScratch<T>& scratch, ChannelSums<T>* sums) {
   const Strip<T>& strip = scratch.strip;
   const int64_t channels = call.sizes.channels;
   const T* probability = scratch.position.map[kMix3 + B];
   T* logit = scratch.logit.map[kMix3 + B];
-  double dot = 0;
-  for (int64_t c = 0; c < channels; ++c) dot += static_cast<double>(grad_pooled[c]) * pooled[c];
-  const T total = static_cast<T>(dot);
+  const bool whole = strip.rows == call.sizes.height;
+  const auto context = [&](int64_t first, int64_t count) {
+    add_context<T, B>(strip, channels, logit + first, count, sums);
+  };
   for_each_strip<T, B>(call, u, strip, [&](int64_t first, int64_t count) {
-    T* dl = strip.weights;
-    combine(strip.maps, strip.pitch, channels, grad_pooled, count, dl);
-    for (int64_t i = 0; i < count; i += kLanes<T>) {
-      const Vec<T> pi = load_first<T>(probability + first + i, count - i);
-      store<T>(dl + i, pi * (load<T>(dl + i) - total));
-    }
-    std::memcpy(logit + first, dl, count * sizeof(T));
-    Vec<T> sum[4];
-    for (int64_t c = 0; c < channels; c += 4) {
-      if (c + 4 <= channels) {
-        pool_channels<T, 4>(strip.maps + c * strip.pitch, strip.pitch, dl, count, sum, true, 0);
-        for (int i = 0; i < 4; ++i) sums[c + i].context[B] += sum[i];
-        continue;
-      }
-      for (int64_t rest = c; rest < channels; ++rest) {
-        pool_channels<T, 1>(strip.maps + rest * strip.pitch, strip.pitch, dl, count, sum, true, 0);
-        sums[rest].context[B] += sum[0];
-      }
-    }
+    combine(strip.maps, strip.pitch, channels, grad_pooled, count, strip.weights);
+    std::memcpy(logit + first, strip.weights, count * sizeof(T));
+    if (!whole) return;
+    logit_gradients(probability, logit, call.pitch);
+    context(first, count);
   });
+  if (whole) return;
+  logit_gradients(probability, logit, call.pitch);
+  for_each_strip<T, B>(call, u, strip, context);
 }
 
 // Position maps of one image: saved probabilities, and gradients of the logits.
@@ -121,16 +129,15 @@ void position_gradients(const Call<T>& call, int64_t n, const Image<const T>& u,
   const Sizes& s = call.sizes;
   const int64_t positions = s.positions();
   const T* saved = static_cast<const T*>(call.args.position) + n * kNumBranches * positions;
-  const T* pooled = static_cast<const T*>(call.args.pooled) + n * kNumBranches * s.channels;
   for (int b = 0; b < kNumBranches; ++b) {
     std::memcpy(scratch.position.map[b], saved + b * positions, positions * sizeof(T));
   }
   combine(u.data, u.pitch, s.channels, g.added, positions, scratch.logit.map[kForget]);
-  branch_logit_gradients<T, 0>(call, u, g.mix, pooled + kMix3 * s.channels, scratch, sums);
-  branch_logit_gradients<T, 1>(call, u, g.mix + call.channel_pitch, pooled + kMix5 * s.channels, scratch, sums);
   scratch.position.clear_ends(s);
   scratch.logit.clear_ends(s);
   logit_gradients(scratch.position.map[kForget], scratch.logit.map[kForget], call.pitch);
+  branch_logit_gradients<T, 0>(call, u, g.mix, scratch, sums);
+  branch_logit_gradients<T, 1>(call, u, g.mix + call.channel_pitch, scratch, sums);
 }
 
 // du = f dout + pi_f dc_f + dl_f w_f for a chunk of one channel, and its part of dw_f.
