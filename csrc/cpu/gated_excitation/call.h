@@ -136,6 +136,16 @@ Call<T> begin_call(const GatedExcitation& args, const Host& host) {
   return call;
 }
 
+// Plain torch multiplies the zeros around the map too, so that a tap which is not finite makes NaN of the branch, even
+// where the map is so small that the tap meets nothing else. The kernels clear what lies outside instead of multiplying
+// it; the tap in the middle is the one that always lies inside.
+template <typename T>
+void poison(T (&kernel)[kTaps]) {
+  T zero = 0;
+  for (const T tap : kernel) zero += tap - tap;
+  if (zero != 0) kernel[kTaps / 2] = zero;
+}
+
 // From the batch's statistics or the running ones.
 template <typename T>
 void prepare_channels(Call<T>& call) {
@@ -156,6 +166,7 @@ void prepare_channels(Call<T>& call) {
       channel.bias[b] = bias[c];
       channel.inverse[b] = 1 / deviation;
       for (int k = 0; k < kTaps; ++k) channel.kernel[b][k] = kernel[c * kTaps + k];
+      poison(channel.kernel[b]);
     }
   }
 }
