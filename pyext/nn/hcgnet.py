@@ -149,13 +149,16 @@ class _Gates(nn.Module):
 
     def unfused_reason(self) -> str | None:
         """Why the gates run submodule by submodule in the present state; None when they run as the fused operator."""
-        return self._unfused_reason(self._gate_leaves())
+        return self._branches_reason() or self._leaves_reason(self._gate_leaves())
 
-    def _unfused_reason(self, leaves: tuple[Any, ...]) -> str | None:
+    def _branches_reason(self) -> str | None:
         for name in _DILATION:
             branch = self._modules[name]
             if type(branch) is not PreActivation or has_forward_hooks(branch):
                 return f"{name} was replaced or has hooks"
+        return None
+
+    def _leaves_reason(self, leaves: tuple[Any, ...]) -> str | None:
         # One comprehension each: this runs with every call, and a loop of calls would take longer than small kernels.
         if tuple(map(type, leaves)) != _GATE_TYPES:
             name, leaf, kind = next(
@@ -224,8 +227,8 @@ class _Gates(nn.Module):
 
     def _excite(self, u: Tensor, out: Tensor | None = None) -> Tensor:
         """The gates applied to u (N, channels, H, W), by the operator where it computes the same."""
-        leaves = self._gate_leaves()
-        if self._unfused_reason(leaves) is not None:
+        leaves = None if self._branches_reason() else self._gate_leaves()
+        if leaves is None or self._leaves_reason(leaves):
             result = self._compose(u)
             return result if out is None else out.copy_(result)
         parameters, running = self.gate_tensors(leaves)
