@@ -86,7 +86,7 @@ struct Call {
   const T* parameters[kNumParameters] = {};
   const T* running[kNumRunning] = {};
   Channel<T>* channels = nullptr;
-  LaneMask<T>* column_mask[5] = {};  // [dx + 2][p]: all bits where column(p) + dx lies inside the map
+  LaneMask<T>* column_mask[5] = {};  // [dx + 2][p], dx not 0: all bits where column(p) + dx is inside
 };
 
 // A parameter in the accumulate type: its own memory, or a converted copy.
@@ -132,7 +132,7 @@ Call<T> begin_call(const GatedExcitation& args, const Host& host) {
   for (int k = 0; k < kNumRunning && !args.training; ++k) {
     call.running[k] = as_accumulate<T>(host, args.running[k], args.running_dtype, lengths[k / 2]);
   }
-  for (int i = 0; i < 5; ++i) call.column_mask[i] = column_mask<T>(host, s, i - 2);
+  for (const int dx : {-2, -1, 1, 2}) call.column_mask[dx + 2] = column_mask<T>(host, s, dx);
   return call;
 }
 
