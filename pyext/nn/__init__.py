@@ -3,6 +3,7 @@
 from pyext.nn.drop_block import DropBlock2d, drop_block_probability, set_drop_block_epoch
 from pyext.nn.hcgnet import SMG, GatedExcitation, HybridBlock, Transition
 from pyext.nn.memory_contrast import MemoryContrast
+from pyext.nn.peer_contrast import PeerContrast
 
 __all__ = [
     "SMG",
@@ -10,6 +11,7 @@ __all__ = [
     "GatedExcitation",
     "HybridBlock",
     "MemoryContrast",
+    "PeerContrast",
     "Transition",
     "drop_block_probability",
     "set_drop_block_epoch",
