@@ -16,7 +16,7 @@ struct PeerContrast {
   const int64_t* positives;  // batch: other rows of the same class
   double temperature, soft_temperature;
   void* terms;             // peer_contrast::kTerms; forward
-  void* normalisers;       // 4 x peers x peers x batch: largest exponent and sum of a row, without itself, softened
+  void* normalisers;       // 4 x peers x peers x batch: largest similarity and sum of a row, without itself, softened
   const void* grad_terms;  // peer_contrast::kTerms; backward
   void* grad_embeddings;   // backward
 };

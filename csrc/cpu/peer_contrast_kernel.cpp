@@ -32,7 +32,7 @@ class Contrast {
         s_(args.sizes),
         blocks_(args, host),
         scale_(static_cast<T>(1 / args.temperature)),
-        soften_(static_cast<T>(1 / args.soft_temperature)),
+        soften_(static_cast<T>(1 / (args.temperature * args.soft_temperature))),
         classes_(blocks_.template zeros<LaneMask<T>>(blocks_.padded_batch())) {
     for (int64_t r = 0; r < blocks_.padded_batch(); ++r) {
       classes_[r] = r < s_.batch ? static_cast<LaneMask<T>>(args.classes[r]) : -1;
@@ -132,7 +132,7 @@ class Contrast {
       const Vec<T> none = splat<T>(-INFINITY);
       Vec<T> row[2] = {none, none};
       for (int64_t c = 0; c < blocks_.size(); c += kLanes<T>) {
-        const Vec<T> value = load<T>(tile(x, i, j, r) + c) * scale_;
+        const Vec<T> value = load<T>(tile(x, i, j, r) + c);
         const IndexVec<T> valid = classes(b, c) >= 0, other = valid & others(a, b, r, c);
         const Vec<T> found[2] = {other ? value : none, valid ? value : none};
         for (int q = 0; q < 2; ++q) {
@@ -149,11 +149,11 @@ class Contrast {
     });
   }
 
-  // Shifts of the two exponents: the largest ones of rows, or none.
+  // Shifted before it is scaled: the difference of two near similarities has no rounding error.
   template <bool Shifted, typename V>
-  static V shifted(V exponent, V largest) {
-    if constexpr (Shifted) return exponent - largest;
-    return exponent;
+  static V shifted(V similarity, V largest) {
+    if constexpr (Shifted) return similarity - largest;
+    return similarity;
   }
 
   template <bool Shifted>
@@ -171,8 +171,8 @@ class Contrast {
     }
     const LaneMask<T> same = classes_[a * blocks_.size() + r];
     for (int64_t c = 0; c < blocks_.size(); c += kLanes<T>) {
-      const Vec<T> value = load<T>(tile(x, i, j, r) + c) * scale_;
-      const Vec<T> students = difference(x, i, j, r, c) * (scale_ * soften_);
+      const Vec<T> value = load<T>(tile(x, i, j, r) + c);
+      const Vec<T> students = difference(x, i, j, r, c) * soften_;
       const IndexVec<T> valid = classes(b, c) >= 0, other = valid & others(a, b, r, c);
       const Vec<T> positive = masked<T>(value, other & (classes(b, c) == same));
       const auto add = [&](Vec<T>(&sum)[kSums], Vec<T> hard, Vec<T> soft) {
@@ -181,13 +181,13 @@ class Contrast {
         sum[kDifference] += masked<T>(soft * students, valid);
         sum[kPositive] += positive;
       };
-      Vec<T> hard = exp(shifted<Shifted>(value, largest[0]));
+      Vec<T> hard = exp(shifted<Shifted>(value, largest[0]) * scale_);
       Vec<T> soft = exp(shifted<Shifted>(value, largest[1]) * soften_);
       add(row, hard, soft);
       if (a == b) continue;
       const int64_t column = at(j, i, b) + c;
       if constexpr (Shifted) {
-        hard = exp(value - load<T>(largest_[0] + column));
+        hard = exp((value - load<T>(largest_[0] + column)) * scale_);
         soft = exp((value - load<T>(largest_[1] + column)) * soften_);
       }
       Vec<T> sum[kSums];
@@ -198,7 +198,7 @@ class Contrast {
     for (int q = 0; q < kSums; ++q) sums_[q][own] += sum_lanes<T>(row[q]);
   }
 
-  // Of the rows of (i, j): the largest exponent (0 where they are small), and the sum of exponentials above it.
+  // Of the rows of (i, j): the largest similarity (0 where exponents are small), and the sum of exponentials above it.
   T* largest(int q, int64_t i, int64_t j) const {
     return static_cast<T*>(args_.normalisers) + ((2 * q * s_.peers + i) * s_.peers + j) * s_.batch;
   }
@@ -218,9 +218,10 @@ class Contrast {
           sums[i == j ? peer_contrast::kSoftVcl : peer_contrast::kSoftIcl] +=
               static_cast<double>(sums_[kDifference][k]) / static_cast<double>(sums_[kSoft][k]);
           if (args_.positives[r] == 0) continue;
-          const double log_sum = std::log(static_cast<double>(sums_[kHard][k])) + largest(0, i, j)[r];
+          const double log_sum =
+              std::log(static_cast<double>(sums_[kHard][k])) + largest(0, i, j)[r] / args_.temperature;
           sums[i == j ? peer_contrast::kVcl : peer_contrast::kIcl] +=
-              log_sum - static_cast<double>(sums_[kPositive][k]) / static_cast<double>(args_.positives[r]);
+              log_sum - sums_[kPositive][k] / (args_.temperature * static_cast<double>(args_.positives[r]));
         }
       }
     }
@@ -267,7 +268,7 @@ class Contrast {
   // (Q = 0) or softened (1).
   template <bool Shifted, int Q>
   Vec<T> probabilities(Vec<T> x, int64_t row, int64_t column) const {
-    const auto exponential = [&](Vec<T> shifted) { return exp(Q == 0 ? shifted : shifted * soften_); };
+    const auto exponential = [&](Vec<T> shifted) { return exp(shifted * (Q == 0 ? scale_ : soften_)); };
     const T weight = weights_[Q][row];
     const Vec<T> weights = load<T>(weights_[Q] + column);
     if constexpr (Shifted) {
@@ -287,7 +288,7 @@ class Contrast {
     return masked<T>(repulsion, other) - masked<T>(attraction, other & (classes(b, c) == same));
   }
 
-  // Similarities become gradients by them.
+  // Similarities become the loss's gradients by them.
   template <bool Shifted>
   void to_gradients(int64_t a, int64_t b, T* x) const {
     for (int64_t r = 0; r < blocks_.size(); ++r) {
@@ -295,7 +296,7 @@ class Contrast {
         Vec<T> sum{};
         for (int64_t i = 0; i < s_.peers; ++i) {
           T* own = tile(x, i, i, r) + c;
-          const Vec<T> value = load<T>(own) * scale_;
+          const Vec<T> value = load<T>(own);
           const Vec<T> soft = probabilities<Shifted, 1>(value, at(i, i, a) + r, at(i, i, b) + c);
           sum += soft;
           store<T>(own, hard_gradient<Shifted>(a, b, value, i, i, r, c) + soft * static_cast<T>(s_.peers));
@@ -311,7 +312,7 @@ class Contrast {
   template <bool Shifted>
   void pair_to_gradients(int64_t a, int64_t b, T* x, int64_t i, int64_t j, int64_t r) const {
     for (int64_t c = 0; c < blocks_.size(); c += kLanes<T>) {
-      const Vec<T> one = load<T>(tile(x, i, j, r) + c) * scale_, two = load<T>(tile(x, j, i, r) + c) * scale_;
+      const Vec<T> one = load<T>(tile(x, i, j, r) + c), two = load<T>(tile(x, j, i, r) + c);
       const int64_t row[2] = {at(i, j, a) + r, at(j, i, a) + r}, column[2] = {at(j, i, b) + c, at(i, j, b) + c};
       const Vec<T> soft =
           probabilities<Shifted, 1>(one, row[0], column[0]) - probabilities<Shifted, 1>(two, row[1], column[1]);
@@ -342,12 +343,12 @@ class Contrast {
   const PeerContrast& args_;
   const peer_contrast::Sizes& s_;
   const Blocks<T> blocks_;
-  const T scale_, soften_;
-  LaneMask<T>* classes_;  // of the padded batch
-  int64_t counted_ = 0;   // rows with positives
+  const T scale_, soften_;  // of similarities in the two exponents
+  LaneMask<T>* classes_;    // of the padded batch
+  int64_t counted_ = 0;     // rows with positives
   // For every pair of peers and row of the padded batch:
   T* sums_[kSums] = {};
-  T* largest_[2] = {};  // x without the row itself, x; none where exponents are small
+  T* largest_[2] = {};  // similarity without the row itself, or with it; none where exponents are small
   T *weights_[2], *shifts_[2];
   T* positive_[2];  // weight of a positive, by row alone: within a peer, between peers
   T* gradient_ = nullptr;

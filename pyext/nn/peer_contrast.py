@@ -46,11 +46,7 @@ class PeerContrast(nn.Module):
         v = stacked(embeddings)
         if self.normalize:
             v = F.normalize(v, dim=-1)
-        return peer_contrast(
-            v, labels, temperature=self.temperature, soft_temperature=self.soft_temperature, rows=rows
-        )
+        return peer_contrast(v, labels, temperature=self.temperature, soft_temperature=self.soft_temperature, rows=rows)
 
     def extra_repr(self) -> str:
-        return (
-            f"temperature={self.temperature}, soft_temperature={self.soft_temperature}, normalize={self.normalize}"
-        )
+        return f"temperature={self.temperature}, soft_temperature={self.soft_temperature}, normalize={self.normalize}"

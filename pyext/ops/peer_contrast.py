@@ -1,10 +1,10 @@
 """In-batch contrast within and between the embeddings of several peers, hard and softened, as one operator.
 
 Source: mutual contrastive learning, the follow-up of MCL-OKD (arXiv 2006.04093). For ``M`` peers and ``B`` images with
-embeddings v_i, let x_ij = v_i v_j^T / temperature, (B, B), and for a row b the positives be the other rows of b's class:
+embeddings v_i, let x_ij = v_i v_j^T / temperature, (B, B), and a row's positives be the other rows of its class:
 
     contrast(x)[b] = -mean over positives p of ( x[b, p] - log sum_{c != b} exp x[b, c] )
-    KL(t, s)[b]    = sum_c p_t[b, c] (log p_t[b, c] - log p_s[b, c])      p_x = softmax over all c of x / soft_temperature
+    KL(t, s)[b]    = sum_c p_t[b, c] (log p_t[b, c] - log p_s[b, c])    p_x = softmax over all c of x / soft_temperature
     vcl      = sum_i       sum_b contrast(x_ii)[b] / N
     icl      = sum_{i!=j}  sum_b contrast(x_ij)[b] / N
     soft_vcl = sum_{i!=j}  soft_temperature^2 sum_b KL(x_jj detached, x_ii)[b] / B

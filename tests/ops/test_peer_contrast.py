@@ -15,7 +15,7 @@ import pyext
 from pyext.ops import PeerContrastTerms, peer_contrast
 from pyext.ops.peer_contrast import reference
 
-# peers, batch, features: one block and several, whole vectors and not, more peers than a block of 128 rows has room for.
+# peers, batch, features: one block and several, whole vectors and not, more peers than 128 rows have room for.
 SHAPES = [(1, 7, 3), (2, 128, 128), (3, 77, 33), (4, 150, 20), (9, 21, 5)]
 on_cpu = functools.partial(peer_contrast, backend="cpu")
 
@@ -53,9 +53,7 @@ def test_ranges_of_rows_add_up_to_the_whole(backend):
     call = functools.partial(peer_contrast, backend=backend)
     labels = case.options["labels"]
     whole = terms_and_gradient(call, case.main, labels)
-    parts = [
-        terms_and_gradient(call, case.main, labels, rows=rows) for rows in [(0, 19), (19, 19), (19, 64), (64, 77)]
-    ]
+    parts = [terms_and_gradient(call, case.main, labels, rows=rows) for rows in [(0, 19), (19, 19), (19, 64), (64, 77)]]
     for expected, *found in zip(whole, *parts, strict=True):
         torch.testing.assert_close(sum(found), expected, rtol=1e-12, atol=1e-12)
 
@@ -96,7 +94,9 @@ class TestDegenerate:
 
     def test_no_row_has_a_positive(self, backend):
         case = described.make_case((2, 6, 8), torch.float64)
-        terms, gradient = terms_and_gradient(functools.partial(peer_contrast, backend=backend), case.main, torch.arange(6))
+        terms, gradient = terms_and_gradient(
+            functools.partial(peer_contrast, backend=backend), case.main, torch.arange(6)
+        )
         assert terms[0] == terms[1] == 0
         assert terms[2] > 0
         assert gradient.isfinite().all()

@@ -1,4 +1,4 @@
-// The batch in blocks of rows, and the pairs of blocks in rounds in which no block occurs twice.
+// The batch in blocks of rows, and the pairs of groups of blocks in rounds in which no group occurs twice.
 //
 // The similarities of two blocks of rows, for all pairs of peers, hold S_ij[r, c] and, since S_ij[r, c] = S_ji[c, r],
 // all that row c needs of row r: a pair of blocks is computed once. Tasks of one round write to different rows, and
@@ -42,14 +42,14 @@ class Blocks {
   // those of a.
   template <typename Work>
   void visit(Work work) const {
-    run(host_, count_, [&](int64_t block) { visit_pair(block, block, work); });
-    const int64_t even = (count_ + 1) / 2 * 2;
-    for (int64_t round = 0; round < even - 1; ++round) {
-      run(host_, even / 2, [&](int64_t task) {
-        // The circle method: the last block stays, the others turn.
-        const int64_t a = task == 0 ? even - 1 : (round + task) % (even - 1);
-        const int64_t b = (round - task + even - 1) % (even - 1);
-        if (a < count_ && b < count_) visit_pair(a < b ? a : b, a < b ? b : a, work);
+    const int64_t groups = count_ < kGroups ? (count_ + 1) / 2 * 2 : kGroups;
+    run(host_, groups, [&](int64_t group) { visit_groups(group, group, groups, work); });
+    for (int64_t round = 0; round < groups - 1; ++round) {
+      run(host_, groups / 2, [&](int64_t task) {
+        // The circle method: the last group stays, the others turn.
+        const int64_t a = task == 0 ? groups - 1 : (round + task) % (groups - 1);
+        const int64_t b = (round - task + groups - 1) % (groups - 1);
+        visit_groups(a < b ? a : b, a < b ? b : a, groups, work);
       });
     }
   }
@@ -62,6 +62,9 @@ class Blocks {
   }
 
  private:
+  // Of blocks, an even number: more let more threads work, fewer have fewer rounds to wait for.
+  static constexpr int64_t kGroups = 16;
+
   // About 128 rows of all peers together, so that similarities and embeddings of a pair stay in the second-level
   // cache; fewer where the batch would not give two threads something to do.
   static int64_t block_size(const peer_contrast::Sizes& s) {
@@ -83,6 +86,14 @@ class Blocks {
     }
     for (int64_t k = 0; k < pitch_; ++k) {
       for (int64_t r = 0; r < width(); ++r) columns[k * width() + r] = rows[r * pitch_ + k];
+    }
+  }
+
+  // Groups hold successive blocks, the last ones perhaps none.
+  template <typename Work>
+  void visit_groups(int64_t a, int64_t b, int64_t groups, Work& work) const {
+    for (int64_t p = a * count_ / groups; p < (a + 1) * count_ / groups; ++p) {
+      for (int64_t q = a == b ? p : b * count_ / groups; q < (b + 1) * count_ / groups; ++q) visit_pair(p, q, work);
     }
   }
 

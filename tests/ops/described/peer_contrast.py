@@ -27,7 +27,9 @@ def make_case(
 
 def draw_case(draw: Any, dtype: torch.dtype) -> Case:
     shape = (draw(st.integers(1, 6)), draw(st.integers(1, 70)), draw(st.integers(1, 80)))
-    case = make_case(shape, dtype, draw(st.integers(1, 9)), draw(st.sampled_from([0.01, 0.1, 1.0])), draw(st.integers(0, 99)))
+    case = make_case(
+        shape, dtype, draw(st.integers(1, 9)), draw(st.sampled_from([0.01, 0.1, 1.0])), draw(st.integers(0, 99))
+    )
     start = draw(st.integers(0, shape[1]))
     case.options["rows"] = draw(st.sampled_from([None, (start, draw(st.integers(start, shape[1])))]))
     return case
