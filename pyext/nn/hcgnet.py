@@ -148,13 +148,11 @@ class _Gates(nn.Module):
 
     def unfused_reason(self) -> str | None:
         """Why the gates run submodule by submodule in the present state; None when they run as the fused operator."""
-        return self._unfused_reason(self._gate_leaves())
-
-    def _unfused_reason(self, leaves: tuple[Any, ...]) -> str | None:
         for name in _DILATION:
             branch = self._modules[name]
             if type(branch) is not PreActivation or has_forward_hooks(branch):
                 return f"{name} was replaced or has hooks"
+        leaves = self._gate_leaves()
         # One comprehension each: this runs with every call, and a loop of calls would take longer than small kernels.
         if tuple(map(type, leaves)) != _GATE_TYPES:
             name, leaf, kind = next(
@@ -214,10 +212,10 @@ class _Gates(nn.Module):
 
     def _excite(self, u: Tensor, out: Tensor | None = None) -> Tensor:
         """The gates applied to u (N, channels, H, W), by the operator where it computes the same."""
-        leaves = self._gate_leaves()
-        if self._unfused_reason(leaves) is not None:
+        if self.unfused_reason() is not None:
             result = self._compose(u)
             return result if out is None else out.copy_(result)
+        leaves = self._gate_leaves()
         # A replica of nn.DataParallel holds its parameters as plain attributes.
         tensors = [leaf._parameters or leaf.__dict__ for leaf in leaves]
         parameters = [tensors[i][name] for i, name in _GATE_PARAMETERS]
