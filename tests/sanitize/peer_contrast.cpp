@@ -2,6 +2,7 @@
 // where an element of a result was not written. Its numbers are the operator tests' concern.
 #include "cpu/peer_contrast.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 
@@ -26,8 +27,11 @@ bool call(const Sizes& s, DType dtype, double temperature, int64_t threads) {
   args.sizes = s;
   args.dtype = dtype;
   args.embeddings = tensors.drawn<T>(s.peers * s.batch * s.features, -0.3, 0.3);
-  args.classes = tensors.drawn_below(s.batch, 3);
-  args.positives = tensors.drawn_below(s.batch, 3);
+  const int64_t* classes = tensors.drawn_below(s.batch, 3);
+  int64_t* positives = tensors.blank<int64_t>(s.batch);
+  for (int64_t r = 0; r < s.batch; ++r) positives[r] = std::count(classes, classes + s.batch, classes[r]) - 1;
+  args.classes = classes;
+  args.positives = positives;
   args.temperature = temperature;
   args.soft_temperature = 3;
   T* terms = tensors.blank<T>(pyext::peer_contrast::kTerms);
