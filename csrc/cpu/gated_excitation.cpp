@@ -10,6 +10,7 @@
 
 #include "cpu/capability.h"
 #include "cpu/host.h"
+#include "cpu/tensors.h"
 
 namespace pyext::cpu {
 namespace {
@@ -21,23 +22,12 @@ using gated_excitation::kNumParameters;
 using gated_excitation::kNumRunning;
 using gated_excitation::parameter_numel;
 using gated_excitation::Sizes;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 DType dtype_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat;
-    case ScalarType::Double:
-      return DType::kDouble;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kHalf;
-    default:
-      STD_TORCH_CHECK(false, "gated_excitation: ", name,
-                      " has an unsupported dtype, expected float32, float64, bfloat16 or float16");
-  }
+  const std::optional<DType> dtype = cpu::dtype_of(tensor.scalar_type());
+  STD_TORCH_CHECK(dtype.has_value(), "gated_excitation: ", name,
+                  " has an unsupported dtype, expected float32, float64, bfloat16 or float16");
+  return *dtype;
 }
 
 ScalarType accumulate_type(DType dtype) { return dtype == DType::kDouble ? ScalarType::Double : ScalarType::Float; }
@@ -51,10 +41,6 @@ Sizes sizes_of(const Tensor& u, const std::vector<Tensor>& parameters) {
   STD_TORCH_CHECK(sizes.channels > 0 && sizes.positions() > 0,
                   "gated_excitation: u is empty, expected at least one channel and position");
   return sizes;
-}
-
-Map map_of(const Tensor& tensor) {
-  return {tensor.data_ptr(), {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)}};
 }
 
 void check_like(const Tensor& tensor, const Tensor& u, const char* name) {

@@ -92,16 +92,21 @@ inline Vec<T> splat(T x) {
   return x - Vec<T>{};  // unlike x + 0 this is x for -0 too, which the compiler knows
 }
 
-// A load that is not folded into each instruction that uses it: one access of memory, where it may be unaligned.
+// `v` in a register: the compiler does not read or make it again in each instruction that uses it.
 template <typename T>
-inline Vec<T> load_once(const T* p) {
-  Vec<T> v = load<T>(p);
+inline Vec<T> in_register(Vec<T> v) {
 #if defined(__AVX512F__)
   asm("" : "+v"(v));
 #elif defined(__x86_64__)
   asm("" : "+x"(v));
 #endif
   return v;
+}
+
+// A load that is not folded into each instruction that uses it: one access of memory, where it may be unaligned.
+template <typename T>
+inline Vec<T> load_once(const T* p) {
+  return in_register<T>(load<T>(p));
 }
 
 // max(0, x) with NaN kept, as torch's relu: x86's maximum returns its second operand when either is NaN. The compiler

@@ -13,16 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from pyext.nn.drop_block import DropBlock2d
-from pyext.nn.hybrid_inference import run_block
+from pyext.nn.hybrid_inference import has_forward_hooks, run_block
 from pyext.nn.memory_format import memory_format_of, to_convolution_format
 from pyext.ops.gated_excitation import gated_excitation
-
-
-def has_forward_hooks(module: Any) -> bool:
-    """Whether calling `module` runs more than its `forward`."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def _check_map(owner: nn.Module, x: Tensor, channels: int) -> None:
