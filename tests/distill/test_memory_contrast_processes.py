@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import datetime
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from gloo_processes import run
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -108,15 +107,10 @@ def _check_errors(rank, processes, model):
     model(x[:2], index[:2], negatives[:2])  # and all of them can go on
 
 
-def _process(rank, processes, store, model, expected):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=processes, timeout=datetime.timedelta(seconds=30)
-    )
+def _process(rank, processes, model, expected):
     _check_training(rank, processes, model, expected)
     _check_gather(rank, processes)
     _check_errors(rank, processes, copy.deepcopy(model))
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -125,7 +119,7 @@ def test_several_processes_equal_one(processes, tmp_path):
     model = _Model().double()
     single = copy.deepcopy(model)
     expected = _train(single, single)
-    mp.spawn(_process, (processes, str(tmp_path / "store"), model, expected), nprocs=processes)
+    run(_process, processes, tmp_path, model, expected)
 
 
 def test_a_checkpoint_with_banks_of_another_size_is_refused():
