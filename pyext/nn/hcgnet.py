@@ -108,6 +108,9 @@ _GATE_PARAMETERS = tuple(
 )
 """Leaf and name of every tensor of `PARAMETERS`."""
 
+_GATE_RUNNING = tuple((i, name) for i in _GATE_NORMS for name in ("running_mean", "running_var"))
+"""Leaf and name of every tensor of `RUNNING`."""
+
 
 class _Gates(nn.Module):
     """The gates' submodules, which every HCGNet module has, and the two ways to run them."""
@@ -214,8 +217,7 @@ class _Gates(nn.Module):
         leaves = self._gate_leaves() if leaves is None else leaves
         # A replica of nn.DataParallel holds its parameters as plain attributes.
         tensors = [leaf._parameters or leaf.__dict__ for leaf in leaves]
-        norms = [leaves[i]._buffers for i in _GATE_NORMS]
-        running = [norm[name] for norm in norms for name in ("running_mean", "running_var")]
+        running = [leaves[i]._buffers[name] for i, name in _GATE_RUNNING]
         return [tensors[i][name] for i, name in _GATE_PARAMETERS], running
 
     def _excite(self, u: Tensor, out: Tensor | None = None) -> Tensor:

@@ -24,7 +24,8 @@ struct Strip {
   void carve(Arena& arena, const Sizes& s, int64_t bytes = kStripBytes) {
     const int64_t fitting = bytes / (s.channels * s.width * static_cast<int64_t>(sizeof(T)));
     const int64_t wanted = fitting > kLeastRows ? fitting : kLeastRows;
-    rows = wanted < s.height ? wanted : s.height;
+    const int64_t strips = (s.height + wanted - 1) / wanted;
+    rows = (s.height + strips - 1) / strips;
     pitch = round_up<T>(rows * s.width);
     rectified_pitch = pitch + 2 * margin(s) + kLanes<T>;
     rectified = arena.take<T>(kGroup * rectified_pitch);
