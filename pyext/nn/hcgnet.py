@@ -331,7 +331,7 @@ class SMG(_Gates):
 
     def forward(self, x: Tensor) -> Tensor:
         _check_map(self, x, self.in_channels)
-        result = run_block([self], x)
+        result = run_block(self, x)
         if result is not None:
             return result
         u = self.squeeze(x)
@@ -374,6 +374,8 @@ class HybridBlock(nn.Sequential):
     Elsewhere without gradients one buffer holds the block and each module writes its slice. Source: arXiv 1908.09699.
     """
 
+    layer_type = SMG
+
     def __init__(
         self,
         num_layers: int,
@@ -390,18 +392,14 @@ class HybridBlock(nn.Sequential):
             self.add_module(f"SMG{i + 1}", layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        result = self._run_whole(x)
+        first: Any = next(iter(self._modules.values()), None)
+        if type(first) is SMG:
+            _check_map(first, x, first.in_channels)
+        result = run_block(self, x)
         if result is not None:
             return result
         x = to_convolution_format(x)
         return self._fill(x) if self._writes_slices(x) else super().forward(x)
-
-    def _run_whole(self, x: Tensor) -> Tensor | None:
-        layers: list[Any] = list(self._modules.values())
-        if not layers or not all(type(layer) is SMG and not has_forward_hooks(layer) for layer in layers):
-            return None
-        _check_map(layers[0], x, layers[0].in_channels)
-        return run_block(layers, x)
 
     def _writes_slices(self, x: Tensor) -> bool:
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -468,7 +466,7 @@ class Transition(_Gates):
         _check_map(self, x, self.in_channels)
         if self.steps_dropblock:
             self.dropblock.step()
-        result = run_block([self], x, stride=self.conv2_3x3.conv.stride[0], dense=False)
+        result = run_block(self, x, stride=self.conv2_3x3.conv.stride[0], dense=False)
         if result is None:
             result = self._excite(self.conv2_3x3(self.conv1_1x1(to_convolution_format(x))))
         return result if self.dropblock is None else self.dropblock(result)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from pyext._C import unchanged
 from pyext.nn.memory_format import memory_format_of
 from pyext.ops.hybrid_block import OPERATOR, hybrid_block
 
@@ -16,23 +19,81 @@ _NORM = ("weight", "bias")
 _STATISTICS = ("running_mean", "running_var")
 
 
-def run_block(layers: Sequence[Any], x: Tensor, *, stride: int = 1, dense: bool = True) -> Tensor | None:
-    """What `layers`, SMG modules or (not `dense`) one transition, make of x (N, C, H, W); None where they do not say
-    what the operator computes: training, gradients, tracing, hooks, replaced submodules, modules of different widths.
-    The memory format is kept.
+class _Seen(NamedTuple):
+    """What the modules held when they were last looked through, and what followed from it."""
+
+    dictionaries: tuple[dict[Any, Any], ...]
+    items: tuple[tuple[Any, ...], ...]
+    parts: tuple[nn.Module, ...]
+    kinds: tuple[type, ...]
+    tensors: list[Tensor]
+    """The operator's, in its order."""
+    eps: float
+
+    def holds(self) -> bool:
+        return unchanged(self.dictionaries, self.items) and tuple(map(type, self.parts)) == self.kinds
+
+
+_seen: weakref.WeakKeyDictionary[nn.Module, _Seen] = weakref.WeakKeyDictionary()
+
+
+def run_block(owner: nn.Module, x: Tensor, *, stride: int = 1, dense: bool = True) -> Tensor | None:
+    """What `owner`, a HybridBlock, SMG or (not `dense`) Transition, makes of x (N, C, H, W) before any DropBlock; None
+    where it does not say what the operator computes: training, gradients, tracing, hooks, replaced submodules, modules
+    of different widths. The memory format is kept.
 
     Raises:
         ValueError, TypeError: as `hybrid_block`.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or _autocasts(x):
         return None
-    if not all(_computes_the_operator(layer, stride) for layer in layers) or not _alike(layers):
+    seen = _seen.get(owner)
+    # To look through the 22 submodules of each layer can take longer than to run it on one image.
+    if seen is None or not seen.holds():
+        seen = _look(owner, stride)
+        if seen is None:
+            _seen.pop(owner, None)
+            return None
+        _seen[owner] = seen
+    if not OPERATOR.has_kernel(x, seen.tensors):
         return None
-    tensors = [tensor for layer in layers for tensor in _tensors(layer)]
-    if not OPERATOR.has_kernel(x, tensors):
-        return None
-    result = hybrid_block(x, tensors, stride=stride, dense=dense, eps=layers[0]._modules["bn_forget"].eps)
+    result = hybrid_block(x, seen.tensors, stride=stride, dense=dense, eps=seen.eps)
     return result.contiguous(memory_format=memory_format_of(x))
+
+
+def _look(owner: Any, stride: int) -> _Seen | None:
+    """Everything that tells whether the operator computes what `owner` does; None where it does not."""
+    layers = _layers(owner)
+    if not layers or not all(_computes_the_operator(layer, stride) for layer in layers) or not _alike(layers):
+        return None
+    # Of the owner, its submodules alone: with a reference to itself it would never be collected.
+    nested = [layer for layer in layers if layer is not owner]
+    parts = (*nested, *(part for layer in layers for part in _parts(layer)))
+    dictionaries = (owner._modules, *(held for part in parts for held in _dictionaries(part)))
+    items = tuple(tuple(itertools.chain.from_iterable(held.items())) for held in dictionaries)
+    tensors = [tensor for layer in layers for tensor in _tensors(layer)]
+    return _Seen(dictionaries, items, parts, tuple(map(type, parts)), tensors, layers[0]._modules["bn_forget"].eps)
+
+
+def _layers(owner: Any) -> list[Any]:
+    """The layers of a block; none where one of them is more or other than the block put there."""
+    if not isinstance(owner, nn.Sequential):
+        return [owner]
+    layers: list[Any] = list(owner._modules.values())
+    return layers if all(type(layer) is owner.layer_type and not has_forward_hooks(layer) for layer in layers) else []
+
+
+def _parts(layer: Any) -> Iterator[nn.Module]:
+    """The submodules that the operator stands for."""
+    for name, child in layer._modules.items():
+        if name != "dropblock" and child is not None:
+            yield from child.modules()
+
+
+def _dictionaries(module: nn.Module) -> Iterator[dict[Any, Any]]:
+    """What makes up a module: its attributes, and the parameters, buffers, submodules and hooks among them."""
+    yield module.__dict__
+    yield from (value for value in module.__dict__.values() if isinstance(value, dict))
 
 
 def _autocasts(x: Tensor) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from block_inputs import Block, dense, make_block, transition
@@ -155,24 +158,26 @@ CHANGES = (with_hook, with_training_norm, with_other_eps, with_bias, with_other_
 def test_a_block_runs_whole():
     module, x = block_module(), torch.randn(2, 6, 5, 5, dtype=torch.float64)
     with torch.no_grad():
-        assert torch.equal(run_block(list(module), x), module(x))
+        assert torch.equal(run_block(module, x), module(x))
         with backend("reference"):
-            assert run_block(list(module), x) is None
+            assert run_block(module, x) is None
             torch.testing.assert_close(module(x), run_block_result(module, x), rtol=1e-12, atol=1e-12)
-    assert run_block(list(module), x) is None  # gradients could be asked for
+    assert run_block(module, x) is None  # gradients could be asked for
 
 
 def run_block_result(module, x):
     with backend("auto"):
-        return run_block(list(module), x)
+        return run_block(module, x)
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_block_that_is_no_longer_the_operator_runs_by_its_parts(change):
     module, x = block_module(), torch.randn(3, 6, 5, 5, dtype=torch.float64)
+    with torch.no_grad():
+        module(x)
     change(module)
     with torch.no_grad():
-        assert run_block(list(module), x) is None
+        assert run_block(module, x) is None
         out = module(x)
     module.eval()
     with torch.no_grad(), backend("reference"):
@@ -180,12 +185,81 @@ def test_a_block_that_is_no_longer_the_operator_runs_by_its_parts(change):
             torch.testing.assert_close(out, module(x))
 
 
+def with_class(module):
+    module.SMG2.fc1.__class__ = type("Convolution", (torch.nn.Conv2d,), {})
+
+
+def test_a_class_that_changes_is_seen():
+    module, x = block_module(), torch.randn(3, 6, 5, 5, dtype=torch.float64)
+    with torch.no_grad():
+        assert run_block(module, x) is not None
+        with_class(module)
+        assert run_block(module, x) is None
+
+
+def with_parameter(module):
+    module.SMG2.conv1_1x1.conv.weight = torch.nn.Parameter(2 * module.SMG2.conv1_1x1.conv.weight.detach())
+
+
+def with_data(module):
+    module.SMG2.conv1_1x1.conv.weight.data = 2 * module.SMG2.conv1_1x1.conv.weight.data
+
+
+def with_values(module):
+    module.SMG2.conv1_1x1.conv.weight.data.mul_(2)
+
+
+def with_buffer(module):
+    module.SMG1.bn_forget.running_mean = module.SMG1.bn_forget.running_mean + 1
+
+
+def with_eps(module):
+    for part in module.modules():
+        if hasattr(part, "eps"):
+            part.eps = 0.1
+
+
+def with_layer(module):
+    module.SMG2 = block_module().SMG2
+
+
+def with_training(module):
+    module.train()(torch.randn(4, 6, 5, 5, dtype=torch.float64))
+    module.eval()
+
+
+NEW_VALUES = (with_parameter, with_data, with_values, with_buffer, with_eps, with_layer, with_training)
+
+
+@pytest.mark.parametrize("change", NEW_VALUES)
+def test_what_changes_between_two_calls_counts_in_the_second(change):
+    module, x = block_module(), torch.randn(3, 6, 5, 5, dtype=torch.float64)
+    with torch.no_grad():
+        before = module(x)
+        change(module)
+        after = module(x)
+        with backend("reference"):
+            expected = module(x)
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_block_that_ran_is_collected():
+    module = block_module()
+    with torch.no_grad():
+        module(torch.randn(1, 6, 5, 5, dtype=torch.float64))
+    gone = weakref.ref(module)
+    del module
+    gc.collect()
+    assert gone() is None
+
+
 def test_modules_of_different_widths_run_by_their_parts():
     module = block_module()
     module.SMG2 = HybridBlock(1, 14, 2, 8).double().eval().SMG1
     x = torch.randn(2, 6, 5, 5, dtype=torch.float64)
     with torch.no_grad():
-        assert run_block(list(module), x) is None
+        assert run_block(module, x) is None
         assert module(x).shape == (2, 22, 5, 5)
 
 
@@ -194,7 +268,7 @@ def test_a_transition_runs_whole(memory_format):
     module = Transition(12, 6).double().eval()
     x = torch.randn(3, 12, 7, 7, dtype=torch.float64).contiguous(memory_format=memory_format)
     with torch.no_grad():
-        whole = run_block([module], x, stride=2, dense=False)
+        whole = run_block(module, x, stride=2, dense=False)
         assert torch.equal(whole, module(x))
         assert whole.is_contiguous(memory_format=memory_format)
         torch.testing.assert_close(whole, gated_excitation_parts(module, x), rtol=1e-12, atol=1e-12)
