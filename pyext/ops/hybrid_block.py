@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyext import _backend
+from pyext import _backend, _library
 from pyext.ops.gated_excitation import PARAMETERS, RUNNING, parameter_shapes
 from pyext.ops.gated_excitation import reference as gates_reference
 
@@ -160,14 +160,20 @@ def no_cpu(x: Tensor, *rest: Sequence[Tensor]) -> str | None:
     return _no_inference(x, *rest)
 
 
-def no_cuda(*_: object) -> str | None:
-    """Why the CUDA kernel cannot run: there is none yet."""
-    return "it has no CUDA kernel yet, nor a float64 one"
+def no_cuda(x: Tensor, *rest: Sequence[Tensor]) -> str | None:
+    """Why the CUDA kernel cannot run; None when it can."""
+    if x.device.type != "cuda":
+        return f"x is on {x.device}, this backend runs on CUDA devices"
+    if x.dtype == torch.float64:
+        return "float64 runs on the CPU and in the reference only"
+    return _no_inference(x, *rest) or _library.cuda_error
 
 
-def no_triton(*_: object) -> str | None:
-    """Why the Triton kernel cannot run: there is none yet."""
-    return "it has no Triton kernel yet, nor a float64 one"
+def no_triton(x: Tensor, *rest: Sequence[Tensor]) -> str | None:
+    """Why the Triton kernels cannot run; None when they can."""
+    if x.dtype == torch.float64:
+        return "float64 runs on the CPU and in the reference only"
+    return _no_inference(x, *rest) or _library.triton_error(x.device)
 
 
 def no_reference(*_: object) -> str | None:
@@ -219,8 +225,9 @@ def hybrid_block(
     if name == "reference":
         validate(x, tensors, extents, eps)
         return reference(x, tensors, extents, eps)
+    op = _OPS.hybrid_block_triton if name == "triton" else _OPS.hybrid_block
     try:
-        return _OPS.hybrid_block(x, tensors, extents, eps)
+        return op(x, tensors, extents, eps)
     except RuntimeError:
         # The kernels check what memory safety needs; the sentence that names the argument is made here.
         validate(x, tensors, extents, eps)
@@ -237,3 +244,15 @@ def _fake(x, tensors, extents, eps):
 
 
 torch.library.register_fake("pyext::hybrid_block")(_fake)
+torch.library.register_fake("pyext::hybrid_block_triton")(_fake)
+
+
+def _triton_forward(x, tensors, extents, eps):
+    from pyext.triton_kernels import hybrid_block as kernels
+
+    validate(x, tensors, Extents(*extents), eps)  # a kernel reads past the end of a tensor that is too short
+    return kernels.forward(x, tensors, extents, eps)
+
+
+for _device in ("CPU", "CUDA"):
+    torch.library.impl("pyext::hybrid_block_triton", _device)(_triton_forward)
