@@ -14,6 +14,8 @@ from torch import Tensor
 from bench.peers import from_tests
 from pyext import ops
 from pyext.ops.gated_excitation import PARAMETERS, RUNNING, reference
+from pyext.ops.hybrid_block import extents_of
+from pyext.ops.hybrid_block import reference as block_reference
 from pyext.ops.memory_contrast import reference as contrast_reference
 from pyext.ops.memory_update import reference as update_reference
 
@@ -92,6 +94,15 @@ def _gated_excitation(n: int, c: int, height: int, width: int) -> Shape:
     return Shape((n, c, height, width), {"forget": max(2, c // 2), "attention": max(2, c)})
 
 
+def _draw_block(shape: Shape, dtype: torch.dtype, parameter_dtype: torch.dtype, layout: str, seed: int) -> Call:
+    """A block's input and the tensors of its modules, none of which it moves; stride and dense are integers."""
+    inputs = from_tests("ops/hybrid_device.py")
+    x, tensors, _ = inputs.draw_case(shape.input, inputs.Extents(**shape.others), dtype, parameter_dtype, seed)
+    x = from_tests("ops/layouts.py").in_layout(x, layout)
+    leaves = {"x": x} | {f"tensors[{i}]": tensor for i, tensor in enumerate(tensors)}
+    return Call(leaves, {}, {"form": torch.tensor([shape.others["stride"], int(shape.others["dense"])])})
+
+
 def _draw_banks(shape: Shape, dtype: torch.dtype, parameter_dtype: torch.dtype, layout: str, seed: int) -> Call:
     """Embeddings (peers, images, features), banks, and indices whose first column is the images' own."""
     inputs = from_tests("ops/memory_inputs.py")
@@ -129,6 +140,22 @@ def _run_memory_update(call: Call, training: bool, **options: object) -> Tensor:
 
 def _reference_memory_update(call: Call, training: bool) -> Tensor:
     return _moved_banks(update_reference, call)
+
+
+def _run_hybrid_block(call: Call, training: bool, **options: object) -> Tensor:
+    (x, *tensors), (stride, dense) = call.leaves.values(), call.indices["form"].tolist()
+    with torch.no_grad():
+        return ops.hybrid_block(x, tensors, stride=stride, dense=bool(dense), **options)
+
+
+def _reference_hybrid_block(call: Call, training: bool) -> Tensor:
+    (x, *tensors), (stride, dense) = call.leaves.values(), call.indices["form"].tolist()
+    return block_reference(x, tensors, extents_of(tensors, stride, bool(dense)))
+
+
+def _block(input: tuple[int, ...], modules: int, growth: int, groups: int, stride: int = 1) -> Shape:
+    widths = {"squeeze": 4 * growth, "growth": growth, "groups": groups, "attention": growth, "forget": growth}
+    return Shape(input, {"modules": modules, **widths, "stride": stride, "dense": stride == 1})
 
 
 def _banks(images: int, peers: int, features: int, rows: int, negatives: int) -> Shape:
@@ -170,6 +197,24 @@ SAMPLES = {
             (_gated_excitation(2, 64, 28, 28), torch.bfloat16, "channels_last"),
             (_gated_excitation(2, 430, 7, 7), torch.float32, "nchw"),
         ),
+    ),
+    "hybrid_block": Samples(
+        _draw_block,
+        _run_hybrid_block,
+        _reference_hybrid_block,
+        odd={
+            "odd": _block((3, 5, 7, 9), 2, 4, 4),
+            "one position": _block((2, 3, 1, 1), 2, 2, 1),
+            "several tiles": _block((2, 19, 10, 35), 1, 5, 1),
+            "transition": _block((3, 6, 9, 35), 1, 5, 1, stride=2),
+        },
+        usual=(
+            (_block((2, 24, 32, 32), 3, 12, 4), torch.float32, "nchw"),
+            (_block((2, 60, 16, 16), 2, 24, 4), torch.bfloat16, "nchw"),
+            (_block((2, 20, 8, 8), 2, 36, 4), torch.float16, "channels_last"),
+        ),
+        differentiable=False,
+        takes_out=False,
     ),
     "memory_contrast": Samples(
         _draw_banks,

@@ -36,9 +36,15 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def make_case(name: str, dtype: torch.dtype, tensor_dtype: torch.dtype | None = None, seed: int = 0) -> Case:
+    """The block of that name."""
+    return draw_case(*BLOCKS[name], dtype, tensor_dtype, seed)
+
+
+def draw_case(
+    shape: tuple[int, ...], extents: Extents, dtype: torch.dtype, tensor_dtype: torch.dtype | None, seed: int
+) -> Case:
     """Drawn afresh from `seed`, distributed like a trained block's."""
     generator = torch.Generator().manual_seed(seed)
-    shape, extents = BLOCKS[name]
 
     def draw(name: str, size: tuple[int, ...]) -> Tensor:
         x = torch.randn(size, generator=generator, dtype=torch.float64)
