@@ -20,7 +20,7 @@ import torch
 
 from bench.resources.occupancy import LIMITS, occupancy
 from bench.samples import SAMPLES, Call, Samples, Shape
-from pyext._backend import OPERATORS
+from pyext._backend import operators_with
 
 BATCH = 64
 BACKENDS = ("cuda", "triton")
@@ -162,9 +162,9 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("python -m bench.launches: torch finds no CUDA device here")
-    names = [name for name in sorted(OPERATORS) if options.only in name]
+    names = [name for name in operators_with("cuda") if options.only in name]
     if not names:
-        parser.error(f"no operator has {options.only!r} in its name: {', '.join(sorted(OPERATORS))}")
+        parser.error(f"no operator has {options.only!r} in its name: {', '.join(operators_with('cuda'))}")
     found, failures = measure(names)
     major, minor = torch.cuda.get_device_capability()
     options.output.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from bench.samples import SAMPLES, Call
-from pyext._backend import OPERATORS
+from pyext._backend import operators_with
 
 BACKENDS = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
 
@@ -46,9 +46,9 @@ def main() -> None:
     parser.add_argument("--only", default="", help="operators whose name contains this")
     parser.add_argument("--device", default="cuda", type=torch.device)
     options = parser.parse_args()
-    names = [name for name in sorted(OPERATORS) if options.only in name]
+    names = [name for name in operators_with("cuda") if options.only in name]
     if not names:
-        parser.error(f"no operator has {options.only!r} in its name: {', '.join(sorted(OPERATORS))}")
+        parser.error(f"no operator has {options.only!r} in its name: {', '.join(operators_with('cuda'))}")
     calls = run_all(options.device, names, BACKENDS[options.device.type])
     print(f"{calls} calls of {', '.join(names)} on {options.device}")
 

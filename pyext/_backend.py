@@ -45,13 +45,15 @@ class Operator:
     name: str
     cannot_run: Mapping[str, Callable[..., str | None]] = field(repr=False)
     differentiable: bool = True
+    unwritten: tuple[str, ...] = ()
+    """Backends that the operator does not have yet."""
 
     def choose(self, requested: str | None, *args: Any) -> str:
         """Name of the backend that runs for `args`; `requested` overrides `pyext.backend` and ``PYEXT_BACKEND``."""
         name = _requested if requested is None else _checked(requested, f"{self.name}: argument backend")
         if name == "auto":
             return next(candidate for candidate, why in self.cannot_run.items() if why(*args) is None)
-        reason = self.cannot_run[name](*args)
+        reason = self._reason(name, *args)
         if reason is not None:
             raise BackendError(f"{self.name}: backend {name!r} cannot run: {reason}")
         return name
@@ -62,20 +64,28 @@ class Operator:
         For modules that can also run by the operators of their parts, which then obey what is asked for.
         """
         names = [name for name in self.cannot_run if name != "reference"] if _requested == "auto" else [_requested]
-        return any(name != "reference" and self.cannot_run[name](*args) is None for name in names)
+        return any(name != "reference" and self._reason(name, *args) is None for name in names)
+
+    def _reason(self, name: str, *args: Any) -> str | None:
+        return f"{self.name} has no {name} kernel yet" if name in self.unwritten else self.cannot_run[name](*args)
 
     def explain(self, *args: Any) -> str:
         """One line per backend, in order of preference: chosen, able, or why not."""
         chosen = self.choose("auto" if _requested == "auto" else _requested, *args)
         lines = [f"{self.name}: backend {chosen!r} ({'asked for' if _requested != 'auto' else 'auto'})"]
-        for name, why in self.cannot_run.items():
-            reason = why(*args)
+        for name in (*self.cannot_run, *self.unwritten):
+            reason = self._reason(name, *args)
             state = "chosen" if name == chosen else "can run" if reason is None else f"cannot run: {reason}"
             lines.append(f"  {name:<10} {state}")
         return "\n".join(lines)
 
 
 OPERATORS: dict[str, Operator] = {}
+
+
+def operators_with(backend: str) -> list[str]:
+    """Names of the operators that have a kernel for `backend`, sorted."""
+    return sorted(name for name, operator in OPERATORS.items() if backend in operator.cannot_run)
 
 
 def register(operator: Operator) -> Operator:

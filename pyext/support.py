@@ -19,7 +19,7 @@ def _refuses_dtype(operator: str, backend: str, dtype: torch.dtype) -> bool:
         """What a predicate looks at; no tensor, since there may be no such device here."""
 
     described = Described()
-    described.device, described.dtype = device, dtype  # type: ignore[attr-defined]
+    described.device, described.dtype, described.requires_grad = device, dtype, False  # type: ignore[attr-defined]
     reason = OPERATORS[operator].cannot_run[backend](described)
     return reason is not None and "float64" in reason
 

@@ -10,6 +10,7 @@
 
 #include "cpu/capability.h"
 #include "cpu/host.h"
+#include "cpu/tensors.h"
 
 namespace pyext::cpu {
 namespace {
@@ -21,23 +22,12 @@ using gated_excitation::kNumParameters;
 using gated_excitation::kNumRunning;
 using gated_excitation::parameter_numel;
 using gated_excitation::Sizes;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 DType dtype_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat;
-    case ScalarType::Double:
-      return DType::kDouble;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kHalf;
-    default:
-      STD_TORCH_CHECK(false, "gated_excitation: ", name,
-                      " has an unsupported dtype, expected float32, float64, bfloat16 or float16");
-  }
+  const std::optional<DType> dtype = cpu::dtype_of(tensor.scalar_type());
+  STD_TORCH_CHECK(dtype.has_value(), "gated_excitation: ", name,
+                  " has an unsupported dtype, expected float32, float64, bfloat16 or float16");
+  return *dtype;
 }
 
 ScalarType accumulate_type(DType dtype) { return dtype == DType::kDouble ? ScalarType::Double : ScalarType::Float; }
@@ -53,17 +43,13 @@ Sizes sizes_of(const Tensor& u, const std::vector<Tensor>& parameters) {
   return sizes;
 }
 
-Map map_of(const Tensor& tensor) {
-  return {tensor.data_ptr(), {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)}};
-}
-
 void check_like(const Tensor& tensor, const Tensor& u, const char* name) {
   bool same = tensor.dim() == 4 && tensor.is_cpu() && tensor.scalar_type() == u.scalar_type();
   for (int64_t i = 0; same && i < 4; ++i) same = tensor.size(i) == u.size(i);
   STD_TORCH_CHECK(same, "gated_excitation: ", name, " differs from u in shape, dtype or device");
 }
 
-// Contiguous parameters and the tensors that own them (u's parameters nearly always are contiguous already).
+// Contiguous parameters: the caller's own memory, or copies that this object owns.
 class Inputs {
  public:
   Inputs(const Tensor& u, const std::vector<Tensor>& parameters, const std::vector<Tensor>& running, bool training,
@@ -96,7 +82,8 @@ class Inputs {
                     tensor.numel(), " elements, expected ", numel, " on the CPU");
     STD_TORCH_CHECK(found == dtype && (found == args.dtype || (found == DType::kFloat && args.dtype != DType::kDouble)),
                     "gated_excitation: ", list, "[", index, "] has another dtype than u or float32");
-    owned_.push_back(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
+    if (tensor.is_contiguous()) return tensor.data_ptr();
+    owned_.push_back(torch::stable::contiguous(tensor));
     return owned_.back().data_ptr();
   }
   std::vector<Tensor> owned_;
@@ -115,6 +102,18 @@ Tensor new_buffer(const Tensor& u, std::initializer_list<int64_t> shape) {
   return torch::stable::new_empty(u, sizes, accumulate_type(dtype_of(u, "u")));
 }
 
+// A tensor without elements; by way of the dispatcher, which looks operators up by name, five of them would take a
+// sixth of a small call's time.
+Tensor no_buffer(const Tensor& u) {
+  const int64_t size = 0, stride = 1;
+  const bool is_double = accumulate_type(dtype_of(u, "u")) == ScalarType::Double;
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride,
+                                                  is_double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Fills `out`; returns it with position, pooled, hidden and the statistics, empty where neither saved nor computed.
@@ -126,7 +125,7 @@ Forward run_forward(const Tensor& u, const std::vector<Tensor>& parameters, cons
   const bool pooled_needed = save || training;
   // What is not needed is a tensor of its own all the same: an operator's results may not share memory.
   const auto buffer = [&](bool needed, std::initializer_list<int64_t> shape) {
-    return needed ? new_buffer(u, shape) : new_buffer(u, {0});
+    return needed ? new_buffer(u, shape) : no_buffer(u);
   };
   const Tensor position = buffer(save, {s.batch, kNumBranches, s.positions()});
   const Tensor pooled = buffer(pooled_needed, {s.batch, kNumBranches, s.channels});
@@ -141,8 +140,7 @@ Forward run_forward(const Tensor& u, const std::vector<Tensor>& parameters, cons
   args.hidden_statistics = hidden_statistics.data_ptr();
   CallMemory memory;
   kernels().forward(args, memory.host());
-  if (!save && training)
-    return {out, position, buffer(false, {}), buffer(false, {}), map_statistics, hidden_statistics};
+  if (!save && training) return {out, position, no_buffer(u), no_buffer(u), map_statistics, hidden_statistics};
   return {out, position, pooled, hidden, map_statistics, hidden_statistics};
 }
 

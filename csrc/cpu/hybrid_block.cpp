@@ -10,6 +10,7 @@
 
 #include "cpu/capability.h"
 #include "cpu/host.h"
+#include "cpu/tensors.h"
 
 namespace pyext::cpu {
 namespace {
@@ -17,25 +18,8 @@ namespace {
 using hybrid_block::kNumTensors;
 using hybrid_block::Sizes;
 using hybrid_block::tensor_numel;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr size_t kNumExtents = 8;
-
-std::optional<DType> dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat;
-    case ScalarType::Double:
-      return DType::kDouble;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kHalf;
-    default:
-      return std::nullopt;
-  }
-}
 
 // `extents`: modules, squeeze, growth, groups, attention, forget, stride, dense.
 Sizes sizes_of(const Tensor& x, const std::vector<int64_t>& extents) {
@@ -55,10 +39,6 @@ Sizes sizes_of(const Tensor& x, const std::vector<int64_t>& extents) {
   return s;
 }
 
-Map map_of(const Tensor& tensor) {
-  return {tensor.data_ptr(), {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)}};
-}
-
 const HybridBlockKernels& kernels() {
 #if defined(__x86_64__)
   return select(baseline::hybrid_block_kernels, avx2::hybrid_block_kernels, avx512::hybrid_block_kernels);
@@ -70,9 +50,10 @@ const HybridBlockKernels& kernels() {
 Tensor forward(const Tensor& x, const std::vector<Tensor>& tensors, const std::vector<int64_t>& extents, double eps) {
   HybridBlock args{};
   const Sizes& s = args.sizes = sizes_of(x, extents);
-  const std::optional<DType> dtype = dtype_of(x);
+  const std::optional<DType> dtype = dtype_of(x.scalar_type());
   STD_TORCH_CHECK(x.is_cpu() && dtype.has_value(),
                   "hybrid_block: x must be a CPU tensor of float32, float64, bfloat16 or float16");
+  STD_TORCH_CHECK(eps >= 0, "hybrid_block: eps is ", eps, ", expected at least 0");
   args.dtype = *dtype;
   args.eps = eps;
   args.x = map_of(x);
@@ -84,7 +65,7 @@ Tensor forward(const Tensor& x, const std::vector<Tensor>& tensors, const std::v
   for (size_t i = 0; i < tensors.size(); ++i) {
     const Tensor& tensor = tensors[i];
     const int64_t numel = tensor_numel(static_cast<int>(i % kNumTensors), s, static_cast<int64_t>(i / kNumTensors));
-    const std::optional<DType> found = dtype_of(tensor);
+    const std::optional<DType> found = dtype_of(tensor.scalar_type());
     STD_TORCH_CHECK(tensor.is_cpu() && tensor.numel() == numel, "hybrid_block: tensors[", i, "] has ", tensor.numel(),
                     " elements, expected ", numel, " on the CPU");
     STD_TORCH_CHECK(found == dtype || (found == DType::kFloat && args.dtype != DType::kDouble),

@@ -6,12 +6,9 @@
 
 #include <vector>
 
-#include "cpu/kernel.h"
+#include "cpu/tensors.h"
 
 namespace pyext::cpu {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 inline ScalarType accumulate_type(ScalarType type) {
   return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -28,10 +25,10 @@ class MemoryBanks {
     features = embeddings.size(2);
     rows = banks[0].dim() == 2 ? banks[0].size(0) : 0;
     type = banks[0].scalar_type();
-    dtype = dtype_of(type);
+    dtype = checked_dtype(type);
     for (const Tensor& bank : banks) add(bank);
     const ScalarType given = embeddings.scalar_type();
-    dtype_of(given);
+    checked_dtype(given);
     STD_TORCH_CHECK((given == ScalarType::Double) == (type == ScalarType::Double), op,
                     ": embeddings and banks must both be float64, or neither");
   }
@@ -50,19 +47,10 @@ class MemoryBanks {
   std::vector<int64_t> pitch;
 
  private:
-  DType dtype_of(ScalarType scalar_type) const {
-    switch (scalar_type) {
-      case ScalarType::Float:
-        return DType::kFloat;
-      case ScalarType::Double:
-        return DType::kDouble;
-      case ScalarType::BFloat16:
-        return DType::kBFloat16;
-      case ScalarType::Half:
-        return DType::kHalf;
-      default:
-        STD_TORCH_CHECK(false, op_, ": an unsupported dtype, expected float32, float64, bfloat16 or float16");
-    }
+  DType checked_dtype(ScalarType scalar_type) const {
+    const std::optional<DType> found = dtype_of(scalar_type);
+    STD_TORCH_CHECK(found.has_value(), op_, ": an unsupported dtype, expected float32, float64, bfloat16 or float16");
+    return *found;
   }
 
   void add(const Tensor& bank) {

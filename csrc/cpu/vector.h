@@ -64,21 +64,49 @@ inline Vec<T> keep(Vec<T> v, const LaneMask<T>* mask) {
   return (Vec<T>)((IndexVec<T>)v & bits);
 }
 
+// The first n lanes of v, 0 <= n <= kLanes; the others zero.
+template <typename T>
+inline Vec<T> first_lanes(Vec<T> v, int64_t n) {
+  alignas(kVectorBytes) LaneMask<T> mask[kLanes<T>];
+  for (int i = 0; i < kLanes<T>; ++i) mask[i] = i < n ? -1 : 0;
+  return keep<T>(v, mask);
+}
+
+// min(n, kLanes) elements, n > 0, the other lanes zero; nothing is read past them.
+template <typename T>
+inline Vec<T> load_first(const T* p, int64_t n) {
+  if (n >= kLanes<T>) return load<T>(p);
+#if defined(__AVX512F__)
+  const auto mask = static_cast<unsigned>((1u << n) - 1);
+  if constexpr (std::is_same_v<T, float>) return (Vec<T>)_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p);
+  if constexpr (std::is_same_v<T, double>) return (Vec<T>)_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p);
+#else
+  Vec<T> v{};
+  std::memcpy(&v, p, n * sizeof(T));
+  return v;
+#endif
+}
+
 template <typename T>
 inline Vec<T> splat(T x) {
   return x - Vec<T>{};  // unlike x + 0 this is x for -0 too, which the compiler knows
 }
 
-// A load that is not folded into each instruction that uses it: one access of memory, where it may be unaligned.
+// `v` in a register: the compiler does not read or make it again in each instruction that uses it.
 template <typename T>
-inline Vec<T> load_once(const T* p) {
-  Vec<T> v = load<T>(p);
+inline Vec<T> in_register(Vec<T> v) {
 #if defined(__AVX512F__)
   asm("" : "+v"(v));
 #elif defined(__x86_64__)
   asm("" : "+x"(v));
 #endif
   return v;
+}
+
+// A load that is not folded into each instruction that uses it: one access of memory, where it may be unaligned.
+template <typename T>
+inline Vec<T> load_once(const T* p) {
+  return in_register<T>(load<T>(p));
 }
 
 // max(0, x) with NaN kept, as torch's relu: x86's maximum returns its second operand when either is NaN. The compiler

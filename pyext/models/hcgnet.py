@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyext.models.backbone import Backbone
 from pyext.nn import HybridBlock, Transition
 from pyext.nn.memory_format import to_convolution_format
 
 
-class HCGNet(nn.Module):
+class HCGNet(Backbone):
     """Stem, hybrid blocks with transitions between them, BN, ReLU, global average pool, linear classifier.
 
     Args:
@@ -56,6 +57,7 @@ class HCGNet(nn.Module):
             raise ValueError(f"HCGNet: unknown stem {stem!r}, expected one of {', '.join(_STEMS)}")
         add_stem, block_name, transition_name, by_default = _STEMS[stem]
         self.in_channels = in_channels
+        self.first_stage = f"{block_name}1"
         self.features = nn.Sequential()
         channels = add_stem(self.features, in_channels, growth_rates[0])
         for i, (growth, layers) in enumerate(zip(growth_rates, num_layers, strict=True), 1):
@@ -70,13 +72,13 @@ class HCGNet(nn.Module):
         self.features.add_module("norm5", nn.BatchNorm2d(channels))
         self.classifier = nn.Linear(channels, num_classes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"HCGNet: input has shape {tuple(x.shape)}, expected (N, {self.in_channels}, H, W)")
-        if torch.is_grad_enabled():  # else blocks run whole, and they do in NCHW
-            x = to_convolution_format(x)
-        features = F.relu(self.features(x), inplace=True)
-        return self.classifier(features.mean(dim=(2, 3)))
+    def prepare(self, x: Tensor) -> Tensor:
+        x = super().prepare(x)
+        # Without gradients blocks run whole, and they do in NCHW.
+        return to_convolution_format(x) if torch.is_grad_enabled() else x
+
+    def pool(self, maps: Tensor) -> Tensor:
+        return super().pool(F.relu(maps, inplace=True))
 
 
 def _add_cifar_stem(features: nn.Sequential, in_channels: int, growth_rate: int) -> int:

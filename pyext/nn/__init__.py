@@ -1,5 +1,6 @@
 """Modules: parameters, state-dict names and torch's conventions around the operators of `pyext.ops`."""
 
+from pyext.nn.distillation import EnsembleDistillation, MutualDistillation
 from pyext.nn.drop_block import DropBlock2d, drop_block_probability, set_drop_block_epoch
 from pyext.nn.hcgnet import SMG, GatedExcitation, HybridBlock, Transition
 from pyext.nn.memory_contrast import MemoryContrast
@@ -7,9 +8,11 @@ from pyext.nn.memory_contrast import MemoryContrast
 __all__ = [
     "SMG",
     "DropBlock2d",
+    "EnsembleDistillation",
     "GatedExcitation",
     "HybridBlock",
     "MemoryContrast",
+    "MutualDistillation",
     "Transition",
     "drop_block_probability",
     "set_drop_block_epoch",

@@ -13,16 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from pyext.nn.drop_block import DropBlock2d
-from pyext.nn.hybrid_inference import run_block
+from pyext.nn.hybrid_inference import has_forward_hooks, run_block
 from pyext.nn.memory_format import memory_format_of, to_convolution_format
 from pyext.ops.gated_excitation import gated_excitation
-
-
-def has_forward_hooks(module: Any) -> bool:
-    """Whether calling `module` runs more than its `forward`."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def _check_map(owner: nn.Module, x: Tensor, channels: int) -> None:
@@ -108,6 +101,12 @@ _GATE_TYPES = tuple(kind for _, kind in _GATE_LEAVES)
 _GATE_NORMS = tuple(i for i, (_, kind) in enumerate(_GATE_LEAVES) if kind is not nn.Conv2d)
 _DILATION = {"conv_3x3": (1, 1), "conv_5x5": (2, 2)}
 _BRANCH_CONVOLUTIONS = tuple(i for i, (name, _) in enumerate(_GATE_LEAVES) if name.endswith(".conv"))
+_GATE_PARAMETERS = tuple(
+    (i, name)
+    for i in range(len(_GATE_LEAVES))
+    for name in (("weight",) if i in _BRANCH_CONVOLUTIONS else ("weight", "bias"))
+)
+"""Leaf and name of every tensor of `PARAMETERS`."""
 
 
 class _Gates(nn.Module):
@@ -143,11 +142,16 @@ class _Gates(nn.Module):
 
     def unfused_reason(self) -> str | None:
         """Why the gates run submodule by submodule in the present state; None when they run as the fused operator."""
+        return self._branches_reason() or self._leaves_reason(self._gate_leaves())
+
+    def _branches_reason(self) -> str | None:
         for name in _DILATION:
             branch = self._modules[name]
             if type(branch) is not PreActivation or has_forward_hooks(branch):
                 return f"{name} was replaced or has hooks"
-        leaves = self._gate_leaves()
+        return None
+
+    def _leaves_reason(self, leaves: tuple[Any, ...]) -> str | None:
         # One comprehension each: this runs with every call, and a loop of calls would take longer than small kernels.
         if tuple(map(type, leaves)) != _GATE_TYPES:
             name, leaf, kind = next(
@@ -205,26 +209,22 @@ class _Gates(nn.Module):
             own["fc2"],
         )
 
-    def gate_tensors(self) -> tuple[list[Tensor], list[Tensor]]:
+    def gate_tensors(self, leaves: tuple[Any, ...] | None = None) -> tuple[list[Tensor], list[Tensor]]:
         """The gates' parameters and running statistics, in the order of the operator's `PARAMETERS` and `RUNNING`."""
-        leaves = self._gate_leaves()
-        parameters = []
-        for i, leaf in enumerate(leaves):
-            # A replica of nn.DataParallel holds its parameters as plain attributes.
-            tensors = leaf._parameters or leaf.__dict__
-            parameters.append(tensors["weight"])
-            if i not in _BRANCH_CONVOLUTIONS:
-                parameters.append(tensors["bias"])
+        leaves = self._gate_leaves() if leaves is None else leaves
+        # A replica of nn.DataParallel holds its parameters as plain attributes.
+        tensors = [leaf._parameters or leaf.__dict__ for leaf in leaves]
         norms = [leaves[i]._buffers for i in _GATE_NORMS]
-        return parameters, [norm[name] for norm in norms for name in ("running_mean", "running_var")]
+        running = [norm[name] for norm in norms for name in ("running_mean", "running_var")]
+        return [tensors[i][name] for i, name in _GATE_PARAMETERS], running
 
     def _excite(self, u: Tensor, out: Tensor | None = None) -> Tensor:
         """The gates applied to u (N, channels, H, W), by the operator where it computes the same."""
-        if self.unfused_reason() is not None:
+        leaves = None if self._branches_reason() else self._gate_leaves()
+        if leaves is None or self._leaves_reason(leaves):
             result = self._compose(u)
             return result if out is None else out.copy_(result)
-        parameters, running = self.gate_tensors()
-        leaves = self._gate_leaves()
+        parameters, running = self.gate_tensors(leaves)
         norm = leaves[0]
         result = gated_excitation(
             u, parameters, running, training=norm.training, momentum=norm.momentum, eps=norm.eps, out=out

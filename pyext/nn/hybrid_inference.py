@@ -40,7 +40,8 @@ def _autocasts(x: Tensor) -> bool:
     return torch.is_autocast_enabled(kind) and x.dtype != torch.get_autocast_dtype(kind)
 
 
-def _hooked(module: Any) -> bool:
+def has_forward_hooks(module: Any) -> bool:
+    """Whether calling `module` runs more than its `forward`."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
@@ -57,7 +58,14 @@ def _computes_the_operator(layer: Any, stride: int) -> bool:
         norm, conv = cell._modules["norm"], cell._modules["conv"]
         if type(norm) is not nn.BatchNorm2d or type(conv) is not nn.Conv2d:
             return False
-        if _hooked(cell) or _hooked(norm) or _hooked(conv) or norm.training or norm.eps != eps or not norm.affine:
+        if (
+            has_forward_hooks(cell)
+            or has_forward_hooks(norm)
+            or has_forward_hooks(conv)
+            or norm.training
+            or norm.eps != eps
+            or not norm.affine
+        ):
             return False
         geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode)
         if geometry != ((taps, taps), (pitch, pitch), (taps // 2, taps // 2), (1, 1), "zeros"):

@@ -6,9 +6,11 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyext.nn.exchange import agree, gather
 from pyext.ops.memory_contrast import memory_contrast
 from pyext.ops.memory_update import memory_update
 from pyext.ops.sample_negatives import ClassTable, class_table, draw_negatives
@@ -35,6 +37,20 @@ class _Memory(nn.Module):
 
     def banks(self) -> list[Tensor]:
         return [bank for name, bank in self.named_buffers() if name != "params"]
+
+
+_FACTS = ("MemoryContrast: batch size", "MemoryContrast: 1 + number of negatives")
+
+
+def banks_in(module: nn.Module) -> list[str]:
+    """Names of all memory banks in `module`: buffers that every process keeps equal by itself (`distribute`)."""
+    return [
+        f"{name}.contrast.{bank}" if name else f"contrast.{bank}"
+        for name, part in module.named_modules()
+        if isinstance(part, MemoryContrast)
+        for bank, _ in part.contrast.named_buffers()
+        if bank != "params"
+    ]
 
 
 def _finish_update(module: MemoryContrast, *_: object) -> None:
@@ -97,6 +113,8 @@ class MemoryContrast(nn.Module):
         for field in ClassTable._fields:
             self.register_buffer(f"_table_{field}", None, persistent=False)
         self._pending: tuple[Tensor, Tensor] | None = None
+        self._group: dist.ProcessGroup | None = None
+        self._replicated = False
         if labels is not None:
             self.set_labels(labels)
         self.register_state_dict_pre_hook(_finish_update)
@@ -113,6 +131,17 @@ class MemoryContrast(nn.Module):
             raise ValueError(f"MemoryContrast: labels has shape {tuple(labels.shape)}, expected ({self.num_samples},)")
         for field, value in zip(ClassTable._fields, class_table(labels), strict=True):
             setattr(self, f"_table_{field}", value)
+
+    def distribute(self, group: dist.ProcessGroup | None = None) -> None:
+        """Contrast over the batches of all processes of `group` (None: the default one) from now on; call it on all.
+
+        Banks are replicated, and the first forward pass makes them the first process's. A forward pass is a collective
+        then: it gathers embeddings and indices, every process computes the one loss of the whole batch, because the
+        normaliser Z is a mean over all of it, and the same rows move on every process in the order of ranks: banks stay
+        bit-equal without being sent. The gradient is right under DistributedDataParallel, which averages;
+        `banks_in` names the buffers that it should leave alone. Each process does the work of the whole batch.
+        """
+        self._group, self._replicated = dist.group.WORLD if group is None else group, False
 
     def draw(self, index: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """(B, num_negatives) rows for the images `index`: of other classes, or any where `relaxed`."""
@@ -146,17 +175,41 @@ class MemoryContrast(nn.Module):
 
         Raises:
             ValueError, TypeError, IndexError: naming the argument.
+            RuntimeError: another process of the group (see `distribute`) raised one of these.
         """
         if self.training:
             self.update()
+        embeddings, indices = self._gathered(features, index, negatives)
+        loss = memory_contrast(embeddings, self.contrast.banks(), indices, temperature=self.temperature)
+        if self.training:
+            self._pending = (embeddings.detach(), indices[:, 0].contiguous())
+        return loss
+
+    def _gathered(self, features: Sequence[Tensor], index: Tensor, negatives: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Embeddings and indices of the batch, that of all processes where there are several."""
+        if self._group is None:
+            return self._own(features, index, negatives)
+        # Whatever is wrong on one process, the others are told before they wait for it.
+        try:
+            embeddings, indices = self._own(features, index, negatives)
+        except Exception as error:
+            agree(self._group, error, dict.fromkeys(_FACTS, 0), self.contrast.banks()[0].device)
+            raise
+        agree(self._group, None, dict(zip(_FACTS, indices.shape, strict=True)), embeddings.device)
+        if not self._replicated:
+            for bank in self.contrast.banks():
+                dist.broadcast(bank, group=self._group, group_src=0)
+            self._replicated = True
+        return gather(embeddings, self._group, dim=1), gather(indices, self._group)
+
+    def _own(self, features: Sequence[Tensor], index: Tensor, negatives: Tensor | None) -> tuple[Tensor, Tensor]:
         embeddings = self.embed(features)
         self._check_index(index, embeddings.shape[1])
         negatives = self.draw(index) if negatives is None else negatives
         indices = torch.cat([index.unsqueeze(1), negatives], dim=1)
-        loss = memory_contrast(embeddings, self.contrast.banks(), indices, temperature=self.temperature)
-        if self.training:
-            self._pending = (embeddings.detach(), index)
-        return loss
+        if self._group is not None:
+            self._check_rows("negatives", indices)
+        return embeddings, indices
 
     def update(self) -> None:
         """Move the rows of the last training batch now, if they have not moved yet."""
@@ -167,11 +220,14 @@ class MemoryContrast(nn.Module):
     def _check_index(self, index: Tensor, batch: int) -> None:
         if index.shape != (batch,) or index.dtype != torch.int64:
             raise ValueError(f"MemoryContrast: index is {tuple(index.shape)} {index.dtype}, expected ({batch},) int64")
-        if torch.compiler.is_compiling() or index.device.type != "cpu" or batch == 0:
+        self._check_rows("index", index)
+
+    def _check_rows(self, name: str, index: Tensor) -> None:
+        if torch.compiler.is_compiling() or index.device.type != "cpu" or index.numel() == 0:
             return
         least, largest = (int(x) for x in index.aminmax())
         if least < 0 or largest >= self.num_samples:
             wrong = least if least < 0 else largest
             raise IndexError(
-                f"MemoryContrast: index holds {wrong}, expected 0 to num_samples - 1 = {self.num_samples - 1}"
+                f"MemoryContrast: {name} holds {wrong}, expected 0 to num_samples - 1 = {self.num_samples - 1}"
             )

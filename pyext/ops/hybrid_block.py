@@ -66,8 +66,9 @@ def extents_of(tensors: Sequence[Tensor], stride: int, dense: bool) -> Extents:
     conv1, conv2 = tensors[TENSORS.index("conv1_1x1.conv.weight")], tensors[TENSORS.index("conv2_3x3.conv.weight")]
     if conv1.dim() != 4 or conv2.dim() != 4 or not conv2.shape[1] or conv1.shape[0] % conv2.shape[1]:
         raise ValueError(
-            f"hybrid_block: convolution weights of shapes {tuple(conv1.shape)} and {tuple(conv2.shape)}, expected "
-            "(squeeze, channels, 1, 1) and (growth, squeeze / groups, 3, 3)"
+            f"hybrid_block: tensors[{TENSORS.index('conv1_1x1.conv.weight')}] has shape {tuple(conv1.shape)} and "
+            f"tensors[{TENSORS.index('conv2_3x3.conv.weight')}] {tuple(conv2.shape)}, expected the convolutions' "
+            "weights (squeeze, channels, 1, 1) and (growth, squeeze / groups, 3, 3)"
         )
     attention, forget = (tensors[TENSORS.index(f"{name}.bias")].shape[0] for name in ("fcall", "fc1"))
     groups = conv1.shape[0] // conv2.shape[1]
@@ -140,8 +141,8 @@ def _validate_map(x: Tensor, extents: Extents, eps: float) -> None:
         raise ValueError(f"hybrid_block: {extents.growth} output channels in {extents.groups} groups")
     if extents.stride not in (1, 2) or (extents.stride != 1 if extents.dense else extents.modules != 1):
         raise ValueError(
-            f"hybrid_block: {extents.modules} modules with stride {extents.stride}, expected stride 1 in a dense block, "
-            "and else one module with stride 1 or 2"
+            f"hybrid_block: {extents.modules} modules with stride {extents.stride}, expected stride 1 in a dense "
+            "block, and else one module with stride 1 or 2"
         )
     if not eps >= 0:
         raise ValueError(f"hybrid_block: eps is {eps}, expected at least 0")

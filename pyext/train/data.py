@@ -8,9 +8,9 @@ into floats on the device.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -28,6 +28,10 @@ Batch = tuple[Tensor, Tensor]
 """uint8 images (N, 3, S, S) and int64 labels (N,)."""
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+IndexedBatch = tuple[Tensor, Tensor, Tensor]
+"""A batch with the images' places in the data set, (N,) int64."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,10 @@ class ArrayImages(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
+    def part(self, index: np.ndarray, like: ArrayImages) -> ArrayImages:
+        """The images at `index`, augmented as `like` is."""
+        return ArrayImages(self.images[index], self.labels[index], like.shift, like.flip, like.seed)
+
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         index = torch.tensor([key[1] for key in keys])
         images = self.images[index]
@@ -104,6 +112,15 @@ class FolderImages(Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
+    def part(self, index: np.ndarray, like: FolderImages) -> FolderImages:
+        """The images at `index`, transformed as `like` does."""
+        return FolderImages([self.files[i] for i in index], like.transform, like.seed)
+
+    @property
+    def labels(self) -> Tensor:
+        """(N,) int64, as `ArrayImages` has them."""
+        return torch.tensor([label for _, label in self.files])
+
     def __getitems__(self, keys: Sequence[Key]) -> Batch | UserError:
         # A data-loading worker would wrap an exception's message in its traceback, so the error travels as a value.
         try:
@@ -117,6 +134,17 @@ class FolderImages(Dataset):
         with torch.random.fork_rng(devices=[]):
             seed_all(self.seed, Stream.AUGMENTATION, epoch, index)
             return to_tensor(self.transform(image))
+
+
+class IndexedImages(Dataset):
+    """`images` whose batches also tell each image's place in it."""
+
+    def __init__(self, images: ArrayImages | FolderImages):
+        self.images = images
+
+    def __getitems__(self, keys: Sequence[Key]) -> IndexedBatch | UserError:
+        batch = self.images.__getitems__(keys)
+        return batch if isinstance(batch, UserError) else (*batch, torch.tensor([index for _, index in keys]))
 
 
 def open_image(path: str | Path) -> Any:
@@ -190,7 +218,9 @@ class HeldOutBatches(Sampler):
             yield [(0, index) for index in self.indices[first : first + self.batch_size]]
 
 
-def loader(images: ArrayImages | FolderImages, batches: Sampler, workers: int, pin_memory: bool) -> DataLoader:
+def loader(
+    images: ArrayImages | FolderImages | IndexedImages, batches: Sampler, workers: int, pin_memory: bool
+) -> DataLoader:
     """A DataLoader over `images` in the order of `batches`; its workers live as long as it does."""
     return DataLoader(
         images,
@@ -206,8 +236,9 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def checked(batches: DataLoader) -> Iterator[Batch]:
-    """The batches of a `loader`; raises the UserError that a worker met."""
+def checked(batches: DataLoader) -> Iterator[Any]:
+    """The batches of a `loader`, `IndexedBatch` over `IndexedImages` and else `Batch`; raises the UserError that a
+    worker met."""
     for batch in batches:
         if isinstance(batch, UserError):
             raise batch
@@ -234,6 +265,28 @@ def load_data(name: str, folder: str | Path | None, image_size: int | None = Non
             usage=True,
         )
     return _folder(name, Path(name), image_size or 224, seed)
+
+
+def with_validation(data: ImageData, share: float, seed: int) -> ImageData:
+    """`data` whose training part is split: `share` of each class is held out in place of `data`'s held-out images.
+
+    They are preprocessed as those are, without augmentation. At least one image of each class is held out and one
+    stays; UserError when a class has fewer than two. The draw depends on `seed` alone.
+    """
+    labels, random = data.train.labels.numpy(), generator(seed, Stream.VALIDATION)
+    validation = np.zeros(len(labels), dtype=bool)
+    for label, name in enumerate(data.classes):
+        members = np.flatnonzero(labels == label)
+        if len(members) < 2:
+            raise UserError(
+                f"class {name} of {data.name} has {len(members)} training images: a validation part needs 2."
+            )
+        held_out = min(max(1, round(share * len(members))), len(members) - 1)
+        validation[random.permutation(members)[:held_out]] = True
+    kept, held = np.flatnonzero(~validation), np.flatnonzero(validation)
+    # mypy cannot know that both parts are of one kind.
+    train, like = cast("Any", data.train), data.held_out
+    return replace(data, train=train.part(kept, train), held_out=train.part(held, like))
 
 
 def _digits(image_size: int, seed: int) -> ImageData:

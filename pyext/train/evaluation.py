@@ -56,12 +56,15 @@ def evaluate(
     """Score `network`, which is in eval mode and on `device`, on uint8 `batches`."""
     sums = torch.zeros(4, device=device)
     for images, labels in batches:
-        images, labels = images.to(device), labels.to(device)
-        logits = network(preprocessing.normalise(images)).float()
-        guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack([loss, guesses[:, 0].sum(), guesses.sum(), loss.new_tensor(float(len(labels)))])
+        sums += count(network(preprocessing.normalise(images.to(device))).float(), labels.to(device))
     return Scores(sums)
+
+
+def count(logits: Tensor, labels: Tensor) -> Tensor:
+    """What a batch adds to `Scores.sums`, from float32 `logits` (N, C) and `labels` (N,)."""
+    guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    return torch.stack([loss, guesses[:, 0].sum(), guesses.sum(), loss.new_tensor(float(len(labels)))])
 
 
 def choose_device(name: str) -> torch.device:

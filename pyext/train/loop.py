@@ -14,7 +14,7 @@ import signal
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,14 +22,25 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
 
-from pyext.train.data import EpochBatches, HeldOutBatches, checked, load_data, loader
+from pyext.train.base_recipe import BaseRecipe
+from pyext.train.data import (
+    ArrayImages,
+    EpochBatches,
+    FolderImages,
+    HeldOutBatches,
+    ImageData,
+    IndexedImages,
+    checked,
+    load_data,
+    loader,
+)
 from pyext.train.errors import UserError, require
-from pyext.train.evaluation import Scores, evaluate
-from pyext.train.networks import build, kernels
+from pyext.train.networks import kernels
 from pyext.train.progress import PeakMemory, Progress
 from pyext.train.randomness import Stream, seed_all
-from pyext.train.recipe import Recipe, mixup
+from pyext.train.recipe import Recipe
 from pyext.train.runs import Card, Table, export, load_run, save_run
 
 
@@ -40,7 +51,7 @@ class Settings:
     arch: str
     data: str
     output: Path
-    recipe: Recipe = field(default_factory=Recipe)
+    recipe: BaseRecipe = field(default_factory=Recipe)
     data_dir: Path | None = None
     image_size: int | None = None
     seed: int = 0
@@ -55,11 +66,9 @@ class Settings:
     tensorboard: bool = False
 
     def decisive(self) -> dict[str, Any]:
-        """What must be the same when a run is resumed; more epochs may be asked for."""
-        recipe = asdict(self.recipe)
-        del recipe["epochs"]
+        """What must be the same when a run is resumed."""
         own = {name: getattr(self, name) for name in ("arch", "data", "image_size", "seed", "amp", "sync_bn")}
-        return {**own, **recipe}
+        return {**own, **self.recipe.decisive()}
 
 
 class Interrupted(Exception):
@@ -76,13 +85,15 @@ class Trainer:
         folder = settings.output
         self.checkpoint = folder / "last.pt"
         self.steps_table = Table(folder / "steps.csv", ("epoch", "step", "loss"), place=2)
-        self.epochs_table = Table(folder / "epochs.csv", _EPOCH_COLUMNS, place=1)
+        self.epoch_columns = (*_EPOCH_COLUMNS, *self.recipe.columns(), "seconds", "images_per_second")
+        self.epochs_table = Table(folder / "epochs.csv", self.epoch_columns, place=1)
         self.stop = False
         self.tensorboard = require("torch.utils.tensorboard", "--tensorboard") if settings.tensorboard else None
         self.epoch = self.step = 0
         previous = self._previous()
 
-        self.data = load_data(settings.data, settings.data_dir, settings.image_size, settings.seed)
+        self.whole = load_data(settings.data, settings.data_dir, settings.image_size, settings.seed)
+        self.data = self.recipe.parts(self.whole, settings.seed)
         self.card = Card.of(settings.arch, self.data)
         if previous is not None:
             _check_same_run(previous, settings, self.card, self.checkpoint)
@@ -104,7 +115,7 @@ class Trainer:
 
     def _build_network(self) -> None:
         seed_all(self.settings.seed, Stream.WEIGHTS)
-        network = build(self.settings.arch, len(self.data.classes))
+        network = self.recipe.network(self.settings.arch, self.data)
         if self.settings.sync_bn:
             if self.fabric.device.type != "cuda":
                 raise UserError("--sync-bn needs CUDA devices: torch has no SyncBatchNorm for others.", usage=True)
@@ -113,16 +124,21 @@ class Trainer:
         self.module, self.optimizer = self.fabric.setup(network, self.recipe.optimizer(network))
 
     def _build_loaders(self) -> None:
-        pin = self.fabric.device.type == "cuda"
-        share = self.rank, self.processes
-        batch_size, workers = self.recipe.batch_size, self.settings.workers
-        self.batches = EpochBatches(len(self.data.train), batch_size, self.settings.seed, *share)
-        self.train_loader = loader(self.data.train, self.batches, workers, pin)
-        held_out = HeldOutBatches(len(self.data.held_out), batch_size, *share)
-        self.held_out_loader = loader(self.data.held_out, held_out, workers, pin)
+        batch_size = self.recipe.batch_size
+        self.batches = EpochBatches(len(self.data.train), batch_size, self.settings.seed, self.rank, self.processes)
+        self.train_loader = self._loader(IndexedImages(self.data.train), self.batches)
+        self.held_out_loader = self._held_out_loader(self.data)
+
+    def _loader(self, images: ArrayImages | FolderImages | IndexedImages, batches: Sampler) -> DataLoader:
+        return loader(images, batches, self.settings.workers, pin_memory=self.fabric.device.type == "cuda")
+
+    def _held_out_loader(self, data: ImageData) -> DataLoader:
+        count = len(data.held_out)
+        batches = HeldOutBatches(count, self.recipe.batch_size, self.rank, self.processes)
+        return self._loader(data.held_out, batches)
 
     def _restore(self, previous: dict[str, Any]) -> None:
-        self.network.load_state_dict(previous["model"])
+        self.network.load_state_dict(previous.get("training", previous["model"]))
         self.optimizer.load_state_dict(previous["optimizer"])
         self.epoch, self.step = previous["epoch"], previous["step"]
         totals = previous["totals"]
@@ -143,7 +159,7 @@ class Trainer:
             self._announce(done)
             while self.epoch < self.recipe.epochs:
                 step_seconds += self._run_epoch()
-        return self._summarise(step_seconds)
+            return self._summarise(step_seconds)
 
     @property
     def _first(self) -> bool:
@@ -151,9 +167,10 @@ class Trainer:
 
     def _announce(self, done: int) -> None:
         parameters = sum(p.numel() for p in self.network.parameters())
+        kind = type(self.recipe.deployed(self.network)).__name__
         place = f", resumed at epoch {self.epoch + 1}, step {self.step}" if done else ""
         self.progress.line(
-            f"HCGNet {self.settings.arch}, {parameters:,} parameters, {self.data.name}: {len(self.data.train)} "
+            f"{kind} {self.settings.arch}, {parameters:,} parameters, {self.data.name}: {len(self.data.train)} "
             f"training and {len(self.data.held_out)} held-out images of {len(self.data.classes)} classes, "
             f"{self.processes} x {self.fabric.device}, into {self.settings.output}{place}"
         )
@@ -164,25 +181,25 @@ class Trainer:
         self.batches.epoch, self.batches.first_step = self.epoch, self.step
         steps, start = len(self.batches) - self.step, time.perf_counter()
         self.module.train()
-        for images, labels in checked(self.train_loader):
-            loss = self._step(images, labels)
+        for batch in checked(self.train_loader):
+            loss = self._step(*batch)
             self.step += 1
             self._record_step(loss)
         train_loss = self._train_loss()
         seconds = time.perf_counter() - start
-        scores = self._evaluate()
+        sums = self._evaluate(self.held_out_loader)
+        self.recipe.select(self.network, sums)
         self.epoch, self.step = self.epoch + 1, 0
         self.totals.zero_()
-        self._record_epoch(rate, train_loss, scores, seconds, steps)
+        self._record_epoch(rate, train_loss, sums, seconds, steps)
         return [seconds / steps] if steps else []
 
-    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _step(self, images: Tensor, labels: Tensor, index: Tensor) -> Tensor:
         place = self.epoch, self.step, self.rank
         seed_all(self.settings.seed, Stream.STEP, *place)
-        images, labels = self.fabric.to_device((images, labels))
+        images, labels, index = self.fabric.to_device((images, labels, index))
         images = self.data.preprocessing.normalise(images)
-        mixed = mixup(images, labels, self.recipe.mixup, self.settings.seed, *place)
-        loss = mixed.loss(self.module(mixed.images), self.recipe.label_smoothing)
+        loss = self.recipe.loss(self.module, images, labels, index, self.settings.seed, *place)
         self.optimizer.zero_grad(set_to_none=True)
         self.fabric.backward(loss)
         self.optimizer.step()
@@ -223,47 +240,52 @@ class Trainer:
         """The mean over processes; Fabric reduces in place, hence the copy."""
         return self.fabric.all_reduce(values.clone(), reduce_op="mean") if self.processes > 1 else values
 
-    def _evaluate(self) -> Scores:
+    def _evaluate(self, batches: DataLoader) -> Tensor:
+        """The recipe's sums over the held-out `batches` of all processes."""
         if self.processes > 1:
             # Batch norm's running statistics differ between processes; those of the first are what is saved.
             for buffer in self.network.buffers():
                 torch.distributed.broadcast(buffer, 0)
         self.network.eval()
         with self.fabric.autocast():
-            scores = evaluate(self.network, checked(self.held_out_loader), self.data.preprocessing, self.fabric.device)
+            sums = self.recipe.evaluate(self.network, checked(batches), self.data.preprocessing, self.fabric.device)
         self.network.train()
-        return scores if self.processes == 1 else Scores(self.fabric.all_reduce(scores.sums, reduce_op="sum"))
+        return sums if self.processes == 1 else self.fabric.all_reduce(sums, reduce_op="sum")
 
-    def _record_epoch(self, rate: float, train_loss: float, scores: Scores, seconds: float, steps: int) -> None:
+    def _record_epoch(self, rate: float, train_loss: float, sums: Tensor, seconds: float, steps: int) -> None:
         speed = steps * self.recipe.batch_size / seconds
-        row = (self.epoch - 1, rate, train_loss, scores.loss, scores.top1, scores.top5, seconds, speed)
+        row = (self.epoch - 1, rate, train_loss, *self.recipe.scores(self.network, sums), seconds, speed)
         if self._first:
             self.epochs_table.add(*row)
             self._to_tensorboard(row)
-            export(self.settings.output / "model.safetensors", self.network, self.card)
+            export(self.settings.output / "model.safetensors", self.recipe.deployed(self.network), self.card)
         self._save()
         self.progress.line(
             f"epoch {self.epoch}/{self.recipe.epochs}: learning rate {rate:.4f}, training loss {train_loss:.4f}, "
-            f"held-out loss {scores.loss:.4f}, top-1 {scores.top1:.2%}, {speed:.0f} images/s"
+            f"{self.recipe.describe(self.network, sums)}, {speed:.0f} images/s"
         )
 
     def _to_tensorboard(self, row: tuple[float, ...]) -> None:
         if self.tensorboard is None:
             return
         writer = self.tensorboard.SummaryWriter(str(self.settings.output))
-        for name, value in zip(_EPOCH_COLUMNS[1:], row[1:], strict=True):
+        for name, value in zip(self.epoch_columns[1:], row[1:], strict=True):
             writer.add_scalar(name, value, int(row[0]))
         writer.close()
 
     def _save(self) -> None:
         totals = self.fabric.all_gather(self.totals).view(-1, 2)
         if self._first:
+            deployed = self.recipe.deployed(self.network)
+            # Tensors that two entries share are written once.
+            training = {} if deployed is self.network else {"training": self.network.state_dict()}
             save_run(
                 self.checkpoint,
                 {
                     "card": self.card.to_dict(),
                     "settings": self.settings.decisive(),
-                    "model": self.network.state_dict(),
+                    "model": deployed.state_dict(),
+                    **training,
                     "optimizer": self.optimizer.state_dict(),
                     "epoch": self.epoch,
                     "step": self.step,
@@ -293,15 +315,15 @@ class Trainer:
 
     def _summarise(self, step_seconds: list[float]) -> dict[str, Any]:
         rows = self.epochs_table.read() if self._first else []
-        last = rows[-1] if rows else {}
+        last = {name: float(value) for name, value in rows[-1].items()} if rows else {}
+        held_out = None if self.data is self.whole else self._evaluate(self._held_out_loader(self.whole))
         summary = {
             "arch": self.settings.arch,
             "data": self.settings.data,
             "backend": "reference" if self.settings.plain else "auto",
             "epochs": self.epoch,
             "batch_size": self.recipe.batch_size,
-            "top1": float(last.get("top1", "nan")),
-            "held_out_loss": float(last.get("held_out_loss", "nan")),
+            **self.recipe.summary(self.network, last, held_out),
             "seconds_per_step": statistics.median(step_seconds) if step_seconds else None,
             "peak_memory_bytes": self.memory.read(),
         }
@@ -310,16 +332,8 @@ class Trainer:
         return summary
 
 
-_EPOCH_COLUMNS = (
-    "epoch",
-    "learning_rate",
-    "train_loss",
-    "held_out_loss",
-    "top1",
-    "top5",
-    "seconds",
-    "images_per_second",
-)
+_EPOCH_COLUMNS = ("epoch", "learning_rate", "train_loss")
+"""Before the recipe's scores; seconds and images per second come after them."""
 
 
 def _fabric(settings: Settings) -> Any:

@@ -22,6 +22,10 @@ ARCHITECTURES: dict[str, Callable[[int], nn.Module]] = {
     "a3": lambda num_classes: models.hcgnet_a3(num_classes=num_classes),
     "b": lambda num_classes: models.hcgnet_b(num_classes=num_classes),
     "c": lambda num_classes: models.hcgnet_c(num_classes=num_classes),
+    "resnet32": lambda num_classes: models.resnet32(num_classes=num_classes),
+    "resnet110": lambda num_classes: models.resnet110(num_classes=num_classes),
+    "vgg16": lambda num_classes: models.vgg16(num_classes=num_classes),
+    "densenet40-12": lambda num_classes: models.densenet40_12(num_classes=num_classes),
     "tiny": _tiny,
 }
 

@@ -21,6 +21,7 @@ class Stream(enum.IntEnum):
     AUGMENTATION = 2
     STEP = 3
     MIXUP = 4
+    VALIDATION = 5
 
 
 def generator(seed: int, stream: Stream, *place: int) -> np.random.Generator:

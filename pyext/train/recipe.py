@@ -8,18 +8,20 @@ and DropBlock change per epoch, as in the published code.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyext.nn import set_drop_block_epoch
+from pyext.train.base_recipe import BaseRecipe
 from pyext.train.randomness import Stream, generator
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(BaseRecipe):
     """Hyperparameters; the defaults are the paper's for CIFAR."""
 
     epochs: int = 1270
@@ -32,6 +34,8 @@ class Recipe:
     mixup: float = 1.0
     label_smoothing: float = 0.0
     drop_block: bool = True
+
+    nesterov: ClassVar[bool] = True
 
     @staticmethod
     def for_imagenet(batch_size: int = 128) -> Recipe:
@@ -46,6 +50,10 @@ class Recipe:
             drop_block=False,
         )
 
+    def decisive(self) -> dict[str, Any]:
+        """All but the epochs: the schedule does not depend on their number, so a finished run may go on."""
+        return {name: value for name, value in asdict(self).items() if name != "epochs"}
+
     def schedule_epoch(self, epoch: int) -> int:
         """The epoch as the schedules count it: `repeat_at` starts them anew."""
         return epoch if self.repeat_at is None or epoch < self.repeat_at else epoch - self.repeat_at
@@ -59,22 +67,14 @@ class Recipe:
 
     def start_epoch(self, epoch: int, network: nn.Module, optimizer: torch.optim.Optimizer) -> float:
         """Set the learning rate and DropBlock's probability of `epoch`; returns the learning rate."""
-        rate = self.learning_rate_at(epoch)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
         if self.drop_block:
             set_drop_block_epoch(network, self.schedule_epoch(epoch), self.period)
-        return rate
+        return super().start_epoch(epoch, network, optimizer)
 
-    def optimizer(self, network: nn.Module) -> torch.optim.SGD:
-        """SGD with Nesterov momentum over all parameters of `network` (plain SGD when momentum is 0)."""
-        return torch.optim.SGD(
-            network.parameters(),
-            lr=self.learning_rate,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            nesterov=self.momentum > 0,
-        )
+    def loss(self, module: nn.Module, images: Tensor, labels: Tensor, index: Tensor, seed: int, *place: int) -> Tensor:
+        """Cross-entropy of the batch after mixup."""
+        mixed = mixup(images, labels, self.mixup, seed, *place)
+        return mixed.loss(module(mixed.images), self.label_smoothing)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import torch
 
 from bench import test_gated_excitation as operator
 from bench import test_hcgnet as networks
+from bench import test_hybrid_block as block
 from bench import test_memory_contrast as memory_bank
 from bench.case import Gate
 from bench.peers import Subject, gradient_runner, step_runner
@@ -18,13 +19,30 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_case_has_a_name_of_its_own_and_peers_to_beat(device):
     device = torch.device(device)
-    cases = [*operator.cases(device), *memory_bank.cases(device), *networks.cases(device)]
+    cases = [*operator.cases(device), *block.cases(device), *memory_bank.cases(device), *networks.cases(device)]
     assert len({case.name for case in cases}) == len(cases)
     for case in cases:
         names = [contender.name for contender in case.contenders]
         assert len(set(names)) == len(names)
         assert {contender.ours for contender in case.contenders} == {True, False}
         assert set(case.plain) <= set(names)
+
+
+def test_block_work_of_one_position():
+    # Two convolutions of each module, by hand for the first: 48 x 24 and 9 x 12 x 12 multiply-adds.
+    cells = [48 * (24 + 12 * m) + 9 * 12 * 12 for m in range(block.MODULES)]
+    gates = block.MODULES * operator.inference_work(1, 12, 1).operations
+    work = block.work(24, 12, 1, 1)
+    assert work.operations == 2 * sum(cells) + gates
+    assert work.bytes == 4 * (sum(cells) + 24 + 120)
+
+
+def test_block_contenders_pass_the_gate():
+    case = block._case(block.Setup(5, 4, 6, 2))
+    gate = Gate(case)
+    for contender in case.contenders:
+        if "compile" not in contender.name:
+            gate.check(contender, contender.build().results())
 
 
 def test_operator_work_of_the_smallest_shape():

@@ -13,7 +13,8 @@ import pytest
 
 from bench import gpu_report, small_calls
 from bench.gpu_report import Part
-from pyext._backend import OPERATORS
+from bench.samples import SAMPLES
+from pyext._backend import OPERATORS, operators_with
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ["check", "build", "tests", "launches", "bench", "memcheck", "racecheck"]
@@ -96,14 +97,19 @@ def test_tests_and_benchmarks_run_on_the_cpu(tmp_path):
     assert table["failures"] == []
 
 
+def test_every_operator_with_gpu_kernels_has_samples():
+    assert sorted(SAMPLES) == operators_with("cuda") == operators_with("triton")
+
+
 def test_every_operator_is_tested_on_every_gpu_backend():
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "tests/gpu"]
     environment = {key: value for key, value in os.environ.items() if key != "PYEXT_GPU_TESTS_ON"}
     listing = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False).stdout
     tests = [line for line in listing.splitlines() if line.startswith("tests/gpu/")]
-    for operator in OPERATORS:
+    always = ("inference", "odd_shapes", "captured", "current_stream", "bit_equal")
+    for operator in operators_with("cuda"):
         for backend in ("cuda", "triton"):
-            for test in ("inference", "gradients", "odd_shapes", "captured", "current_stream", "compiles", "bit_equal"):
+            for test in (*always, *["gradients", "compiles"] * OPERATORS[operator].differentiable):
                 found = [line for line in tests if test in line.split("[")[0] and f"{operator}-" in line]
                 assert any(f"-{backend}" in line for line in found), (operator, backend, test)
 

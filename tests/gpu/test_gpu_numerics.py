@@ -19,14 +19,9 @@ from operators import (
 
 import pyext
 from bench.samples import SAMPLES
-from pyext._backend import OPERATORS
 
 ODD = [(name, label) for name, samples in SAMPLES.items() for label in samples.odd]
 LAYOUTS = [(name, layout) for name, samples in SAMPLES.items() for layout in samples.layouts]
-
-
-def test_every_operator_has_samples():
-    assert set(SAMPLES) == set(OPERATORS)
 
 
 @each_dtype

@@ -9,7 +9,8 @@ from torch import Tensor
 from pyext.ops.gated_excitation import PARAMETERS, RUNNING, parameter_shapes
 
 
-def _parameter(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def draw_parameter(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """A parameter called `name`, in float64."""
     x = torch.randn(shape, generator=generator, dtype=torch.float64)
     stem, kind = name.rsplit(".", 1)
     if kind == "bias":
@@ -21,8 +22,9 @@ def _parameter(name: str, shape: tuple[int, ...], generator: torch.Generator) ->
     return x * ((4 if stem.startswith("global_") else 1) / fan_in) ** 0.5
 
 
-def _running(name: str, channels: int, generator: torch.Generator) -> Tensor:
-    x = torch.randn(channels, generator=generator, dtype=torch.float64)
+def draw_statistic(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """A running statistic called `name`, in float64."""
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
     return (0.3 * x).exp() if name.endswith("var") else 0.3 * x
 
 
@@ -43,7 +45,7 @@ def make_inputs(
     generator = torch.Generator().manual_seed(seed)
     u = torch.randn((n, c, h, w), generator=generator, dtype=torch.float64) + 0.2
     shapes = parameter_shapes(c, forget, attention)
-    parameters = [_parameter(name, shapes[name], generator) for name in PARAMETERS]
-    running = [_running(name, shapes[name.rsplit(".", 1)[0] + ".weight"][0], generator) for name in RUNNING]
+    parameters = [draw_parameter(name, shapes[name], generator) for name in PARAMETERS]
+    running = [draw_statistic(name, shapes[name.rsplit(".", 1)[0] + ".weight"], generator) for name in RUNNING]
     kind = parameter_dtype or dtype
     return in_layout(u.to(dtype), layout), [p.to(kind) for p in parameters], [r.to(kind) for r in running]

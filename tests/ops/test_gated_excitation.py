@@ -24,6 +24,7 @@ SHAPES = {
     "whole vectors": (3, 12, 16, 16, 6, 12),
     "several strips and chunks": (2, 5, 53, 47, 3, 4),
     "wide": (2, 3, 3, 1100, 2, 2),
+    "maps beyond one strip of the backward pass": (2, 9, 83, 97, 3, 4),
     "more channels than positions": (4, 130, 3, 3, 31, 65),
 }
 TRAINABLE = {name: shape for name, shape in SHAPES.items() if shape[0] > 1}
@@ -164,6 +165,22 @@ def test_nan_stays_in_its_image():
     for n in (0, 2, 3, 4):
         assert torch.equal(out[n], clean[n])
     assert run(u, parameters, running, True)["out"].isnan().all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("branch", ["conv_3x3.conv.weight", "conv_5x5.conv.weight"])
+@pytest.mark.parametrize("shape", [(3, 3, 5, 1, 2, 2), (3, 3, 1, 5, 2, 2), (3, 3, 2, 2, 2, 2), SMALL], ids=str)
+def test_tap_that_is_not_finite_also_where_it_meets_padding_alone(shape, branch, value):
+    """Plain torch in float64 multiplies the zero padding by it; in float32 that depends on the shape."""
+    exact = inputs(shape, torch.float64)
+    for tap in range(9):
+        exact[1][PARAMETERS.index(branch)].view(-1, 9)[1] = 0.5
+        exact[1][PARAMETERS.index(branch)].view(-1, 9)[1, tap] = value
+        for training in (False, True):
+            expected = reference(exact[0], exact[1], [r.clone() for r in exact[2]], training).isfinite()
+            for dtype in (torch.float64, torch.float32):
+                u, *others = (exact[0].to(dtype), *([x.to(dtype) for x in tensors] for tensors in exact[1:]))
+                assert torch.equal(run(u, *others, training)["out"].isfinite(), expected)
 
 
 @pytest.mark.parametrize("training", [False, True])

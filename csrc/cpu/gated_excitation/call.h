@@ -86,7 +86,7 @@ struct Call {
   const T* parameters[kNumParameters] = {};
   const T* running[kNumRunning] = {};
   Channel<T>* channels = nullptr;
-  LaneMask<T>* column_mask[5] = {};  // [dx + 2][p]: all bits where column(p) + dx lies inside the map
+  LaneMask<T>* column_mask[5] = {};  // [dx + 2][p], dx not 0: all bits where column(p) + dx is inside
 };
 
 // A parameter in the accumulate type: its own memory, or a converted copy.
@@ -132,8 +132,18 @@ Call<T> begin_call(const GatedExcitation& args, const Host& host) {
   for (int k = 0; k < kNumRunning && !args.training; ++k) {
     call.running[k] = as_accumulate<T>(host, args.running[k], args.running_dtype, lengths[k / 2]);
   }
-  for (int i = 0; i < 5; ++i) call.column_mask[i] = column_mask<T>(host, s, i - 2);
+  for (const int dx : {-2, -1, 1, 2}) call.column_mask[dx + 2] = column_mask<T>(host, s, dx);
   return call;
+}
+
+// Plain torch multiplies the zeros around the map too, so that a tap which is not finite makes NaN of the branch, even
+// where the map is so small that the tap meets nothing else. The kernels clear what lies outside instead of multiplying
+// it; the tap in the middle is the one that always lies inside.
+template <typename T>
+void poison(T (&kernel)[kTaps]) {
+  T zero = 0;
+  for (const T tap : kernel) zero += tap - tap;
+  if (zero != 0) kernel[kTaps / 2] = zero;
 }
 
 // From the batch's statistics or the running ones.
@@ -156,6 +166,7 @@ void prepare_channels(Call<T>& call) {
       channel.bias[b] = bias[c];
       channel.inverse[b] = 1 / deviation;
       for (int k = 0; k < kTaps; ++k) channel.kernel[b][k] = kernel[c * kTaps + k];
+      poison(channel.kernel[b]);
     }
   }
 }

@@ -21,8 +21,8 @@ struct Strip {
   T* weights;    // pitch: one value per position of the strip
   int64_t rows, pitch, rectified_pitch;
   static int64_t margin(const Sizes& s) { return round_up<T>(2 * s.width) + kLanes<T>; }
-  void carve(Arena& arena, const Sizes& s) {
-    const int64_t fitting = kStripBytes / (s.channels * s.width * static_cast<int64_t>(sizeof(T)));
+  void carve(Arena& arena, const Sizes& s, int64_t bytes = kStripBytes) {
+    const int64_t fitting = bytes / (s.channels * s.width * static_cast<int64_t>(sizeof(T)));
     const int64_t wanted = fitting > kLeastRows ? fitting : kLeastRows;
     rows = wanted < s.height ? wanted : s.height;
     pitch = round_up<T>(rows * s.width);

@@ -3,6 +3,7 @@
 
 #include "cpu/gated_excitation/gates.h"
 #include "cpu/gated_excitation/position.h"
+#include "cpu/gated_excitation/statistics.h"
 
 namespace pyext::cpu::PYEXT_CAPABILITY {
 namespace {
@@ -27,79 +28,6 @@ struct ForwardScratch {
     sums = arena.take<Vec<T>>(s.channels);
   }
 };
-
-// Mean and squared deviation sum of every channel of one image: to[2 c], to[2 c + 1]. Two passes over data in cache;
-// the second also finds what rounding left in the mean (the corrected two-pass algorithm, Chan, Golub, LeVeque 1983).
-// In double precision, since images are told apart by the differences of their means.
-template <typename T>
-void image_moments(const Call<T>& call, const Image<const T>& u, double* to) {
-  const int64_t positions = call.sizes.positions(), whole = positions / kLanes<T> * kLanes<T>;
-  for (int64_t c = 0; c < call.sizes.channels; ++c) {
-    const T* x = u.row(c);
-    Vec<T> sum{}, rest{}, squares{};
-    T tail = 0, rest_tail = 0, squares_tail = 0;
-    for (int64_t p = 0; p < whole; p += kLanes<T>) sum += load<T>(x + p);
-    for (int64_t p = whole; p < positions; ++p) tail += x[p];
-    const T mean = (sum_lanes<T>(sum) + tail) / positions;
-    for (int64_t p = 0; p < whole; p += kLanes<T>) {
-      const Vec<T> d = load<T>(x + p) - mean;
-      rest += d;
-      squares += d * d;
-    }
-    for (int64_t p = whole; p < positions; ++p) {
-      rest_tail += x[p] - mean;
-      squares_tail += (x[p] - mean) * (x[p] - mean);
-    }
-    const double correction = sum_lanes<T>(rest) + rest_tail;
-    to[2 * c] = mean + correction / positions;
-    to[2 * c + 1] = sum_lanes<T>(squares) + squares_tail - correction * correction / positions;
-  }
-}
-
-// Mean and biased variance per column from `groups` rows of (mean, squared deviation sum) of equal weight, merged in a
-// fixed order (Chan, Golub, LeVeque 1979).
-template <typename T>
-void merge_moments(const double* moments, int64_t groups, int64_t columns, int64_t weight, T* mean, T* var) {
-  for (int64_t c = 0; c < columns; ++c) {
-    double m = 0, squares = 0;
-    for (int64_t g = 0; g < groups; ++g) {
-      const double delta = moments[2 * (g * columns + c)] - m;
-      m += delta / (g + 1);
-      squares += moments[2 * (g * columns + c) + 1] + delta * delta * weight * g / (g + 1);
-    }
-    mean[c] = static_cast<T>(m);
-    var[c] = static_cast<T>(squares / (static_cast<double>(groups) * weight));
-  }
-}
-
-template <typename S, typename T>
-void map_statistics(const Call<T>& call) {
-  const Sizes& s = call.sizes;
-  double* moments = shared<double>(call.host, 2 * s.batch * s.channels);
-  parallel_images(call.host, s.batch, [&](int64_t n) {
-    T* scratch = static_cast<T*>(call.host.scratch(s.channels * call.pitch * sizeof(T)));
-    const Image<const T> u = load_image<S>(call.args.u, n, s.batch, call.extent, scratch);
-    image_moments(call, u, moments + 2 * n * s.channels);
-  });
-  T* statistics = static_cast<T*>(call.args.map_statistics);
-  merge_moments(moments, s.batch, s.channels, s.positions(), statistics, statistics + s.channels);
-}
-
-template <typename T>
-void hidden_statistics(const Call<T>& call) {
-  const int64_t batch = call.sizes.batch, units = call.sizes.hidden();
-  const T* hidden = static_cast<const T*>(call.args.hidden);
-  T* mean = static_cast<T*>(call.args.hidden_statistics);
-  T* var = mean + units;
-  for (int64_t j = 0; j < units; ++j) {
-    double sum = 0, squares = 0;
-    for (int64_t n = 0; n < batch; ++n) sum += hidden[n * units + j];
-    const double centre = sum / batch;
-    for (int64_t n = 0; n < batch; ++n) squares += (hidden[n * units + j] - centre) * (hidden[n * units + j] - centre);
-    mean[j] = static_cast<T>(centre);
-    var[j] = static_cast<T>(squares / batch);
-  }
-}
 
 // to[i] = from[i] * factor.
 template <typename T>

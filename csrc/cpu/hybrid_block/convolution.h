@@ -27,18 +27,6 @@ inline void with_constant(int64_t n, Work work) {
   work(std::integral_constant<int, Most>());
 }
 
-// A scalar in every lane, in a register: else the compiler reads it again for every vector that it meets.
-template <typename T>
-inline Vec<T> splat_once(const T* p) {
-  Vec<T> v = splat<T>(*p);
-#if defined(__AVX512F__)
-  asm("" : "+v"(v));
-#elif defined(__x86_64__)
-  asm("" : "+x"(v));
-#endif
-  return v;
-}
-
 template <int Vectors, int Outputs, typename T>
 inline void add_products(const T* x, const T* weight, int64_t weight_pitch, Vec<T> (&sum)[Outputs][Vectors]) {
   Vec<T> positions[Vectors];
@@ -46,7 +34,7 @@ inline void add_products(const T* x, const T* weight, int64_t weight_pitch, Vec<
   for (int v = 0; v < Vectors; ++v) positions[v] = load_once<T>(x + v * kLanes<T>);
 #pragma GCC unroll 8
   for (int o = 0; o < Outputs; ++o) {
-    const Vec<T> factor = splat_once<T>(weight + o * weight_pitch);
+    const Vec<T> factor = in_register<T>(splat<T>(weight[o * weight_pitch]));
 #pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v) sum[o][v] += factor * positions[v];
   }

@@ -1,0 +1,35 @@
+// torch's tensors as bindings hand them to kernels.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "cpu/kernel.h"
+
+namespace pyext::cpu {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// None for a dtype that no kernel has.
+inline std::optional<DType> dtype_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return DType::kFloat;
+    case ScalarType::Double:
+      return DType::kDouble;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kHalf;
+    default:
+      return std::nullopt;
+  }
+}
+
+inline Map map_of(const Tensor& tensor) {
+  return {tensor.data_ptr(), {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)}};
+}
+
+}  // namespace pyext::cpu

@@ -1,0 +1,64 @@
+"""What MCL-OKD trains: peers, the heads and memory banks of their contrast, and the loss over all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyext.distill.peers import PeerOutputs, Peers
+from pyext.nn import MemoryContrast
+
+
+class Distillation(nn.Module):
+    """Σ cross-entropy of every peer + distillation between their logits + `contrast_weight` × contrast of features.
+
+    The whole loss is one forward pass, so that DistributedDataParallel sees every parameter that learns.
+
+    Args:
+        peers: the networks.
+        distillation: from a list of logits to a scalar (`pyext.nn.EnsembleDistillation`, `MutualDistillation`); None:
+            none.
+        contrast: over the peers' pooled features; None: none.
+        contrast_weight: weight of the contrast.
+        gather: what the distillation and the contrast see of the peers' outputs: a function that adds those of peers on
+            other processes. Cross-entropy is of the own peers alone. None: the own outputs.
+
+    `selected` is a buffer: the peer to deploy, the last one at first.
+
+    Shape: images (B, ...), labels (B,) int64, index (B,) int64, rows of the banks, to a scalar.
+    """
+
+    selected: Tensor
+
+    def __init__(
+        self,
+        peers: Peers,
+        distillation: nn.Module | None = None,
+        contrast: MemoryContrast | None = None,
+        contrast_weight: float = 0.025,
+        gather: Callable[[PeerOutputs], PeerOutputs] | None = None,
+    ) -> None:
+        super().__init__()
+        self.peers, self.distillation, self.contrast = peers, distillation, contrast
+        self.contrast_weight, self.gather = contrast_weight, gather
+        self.register_buffer("selected", torch.tensor(len(peers) - 1))
+
+    def extra_repr(self) -> str:
+        return f"contrast_weight={self.contrast_weight}"
+
+    def forward(self, images: Tensor, labels: Tensor, index: Tensor) -> Tensor:
+        own = self.peers(images)
+        loss = torch.stack([F.cross_entropy(logits, labels) for logits in own.logits]).sum()
+        outputs = own if self.gather is None else self.gather(own)
+        if self.distillation is not None:
+            loss = loss + self.distillation(outputs.logits)
+        if self.contrast is not None:
+            loss = loss + self.contrast_weight * self.contrast(outputs.features, index)
+        return loss
+
+    def deployed(self) -> nn.Module:
+        """The selected peer as an ordinary network."""
+        return self.peers.deploy(int(self.selected))
