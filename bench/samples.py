@@ -14,7 +14,7 @@ from torch import Tensor
 from bench.peers import from_tests
 from pyext import ops
 from pyext.ops.gated_excitation import PARAMETERS, RUNNING, reference
-from pyext.ops.hybrid_block import extents_of
+from pyext.ops.hybrid_block import Extents, extents_of
 from pyext.ops.hybrid_block import reference as block_reference
 from pyext.ops.memory_contrast import reference as contrast_reference
 from pyext.ops.memory_update import reference as update_reference
@@ -34,17 +34,18 @@ class Shape:
 @dataclass(frozen=True)
 class Call:
     """The tensors of one call: what gradients are asked of (the main input first), what training mode moves, and
-    integers."""
+    integers; and numbers, which a GPU need not be waited for to read."""
 
     leaves: dict[str, Tensor]
     state: dict[str, Tensor]
     indices: dict[str, Tensor] = field(default_factory=dict)
+    options: dict[str, int] = field(default_factory=dict)
 
     def to(self, *to: torch.device | torch.dtype) -> Call:
         """Copies on a device, in a dtype, with the strides that they have where they are dense."""
         devices = [x for x in to if isinstance(x, torch.device)]
         moved = [{k: x.detach().to(*to, copy=True) for k, x in d.items()} for d in (self.leaves, self.state)]
-        return Call(*moved, {k: x.to(*devices, copy=True) for k, x in self.indices.items()})
+        return Call(*moved, {k: x.to(*devices, copy=True) for k, x in self.indices.items()}, self.options)
 
 
 @dataclass(frozen=True)
@@ -95,12 +96,13 @@ def _gated_excitation(n: int, c: int, height: int, width: int) -> Shape:
 
 
 def _draw_block(shape: Shape, dtype: torch.dtype, parameter_dtype: torch.dtype, layout: str, seed: int) -> Call:
-    """A block's input and the tensors of its modules, none of which it moves; stride and dense are integers."""
-    inputs = from_tests("ops/hybrid_device.py")
-    x, tensors, _ = inputs.draw_case(shape.input, inputs.Extents(**shape.others), dtype, parameter_dtype, seed)
+    """A block's input and the tensors of its modules, none of which it moves."""
+    inputs = from_tests("ops/block_inputs.py")
+    block = inputs.Block(*shape.input, Extents(**shape.others))
+    x, tensors = inputs.make_block(block, dtype, parameter_dtype, seed)
     x = from_tests("ops/layouts.py").in_layout(x, layout)
     leaves = {"x": x} | {f"tensors[{i}]": tensor for i, tensor in enumerate(tensors)}
-    return Call(leaves, {}, {"form": torch.tensor([shape.others["stride"], int(shape.others["dense"])])})
+    return Call(leaves, {}, options={name: shape.others[name] for name in ("stride", "dense")})
 
 
 def _draw_banks(shape: Shape, dtype: torch.dtype, parameter_dtype: torch.dtype, layout: str, seed: int) -> Call:
@@ -143,14 +145,14 @@ def _reference_memory_update(call: Call, training: bool) -> Tensor:
 
 
 def _run_hybrid_block(call: Call, training: bool, **options: object) -> Tensor:
-    (x, *tensors), (stride, dense) = call.leaves.values(), call.indices["form"].tolist()
+    x, *tensors = call.leaves.values()
     with torch.no_grad():
-        return ops.hybrid_block(x, tensors, stride=stride, dense=bool(dense), **options)
+        return ops.hybrid_block(x, tensors, **call.options, **options)
 
 
 def _reference_hybrid_block(call: Call, training: bool) -> Tensor:
-    (x, *tensors), (stride, dense) = call.leaves.values(), call.indices["form"].tolist()
-    return block_reference(x, tensors, extents_of(tensors, stride, bool(dense)))
+    x, *tensors = call.leaves.values()
+    return block_reference(x, tensors, extents_of(tensors, **call.options))
 
 
 def _block(input: tuple[int, ...], modules: int, growth: int, groups: int, stride: int = 1) -> Shape:

@@ -13,6 +13,7 @@ an image goes through the whole block while it is in cache.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -100,7 +101,9 @@ def reference(x: Tensor, tensors: Sequence[Tensor], extents: Extents, eps: float
 
 
 def _reference_module(x: Tensor, tensors: Sequence[Tensor], extents: Extents, eps: float) -> Tensor:
-    t = dict(zip(TENSORS, tensors, strict=True))
+    # Plain torch normalises by tensors of one dtype; the wider one holds the values of both.
+    dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors})
+    t = {name: tensor.to(dtype) for name, tensor in zip(TENSORS, tensors, strict=True)}
 
     def activated(x: Tensor, name: str) -> Tensor:
         weight, bias, mean, var = (

@@ -7,12 +7,15 @@ import itertools
 
 import pytest
 import torch
+from block_inputs import DEVICE_BLOCKS, DEVICE_DTYPES, make_block, plain
 from cuda_host.device import Device
 from cuda_host.library import Library
 from exactness import assert_as_exact, doubled
-from hybrid_device import BLOCKS, DTYPES, Case, make_case
+from layouts import in_layout
 from memory_device import DTYPE_CODES, pointer, set_up
 from torch import Tensor
+
+from pyext.ops.hybrid_block import Extents
 
 
 class Block(ctypes.Structure):
@@ -28,25 +31,30 @@ class Block(ctypes.Structure):
     ]
 
 
-def run(library: Library, device: Device, case: Case, descending_threads: bool = False) -> Tensor:
-    set_up(library.functions, descending_threads)
-    images, channels, height, width = case.x.shape
-    *extents, dense = case.extents
-    stride, growth = case.extents.stride, case.extents.growth
-    out_channels = channels + case.extents.modules * growth if dense else growth
-    out = torch.full((images, out_channels, (height - 1) // stride + 1, (width - 1) // stride + 1), torch.nan)
-    out = out.to(case.x.dtype)
-    if dense:
-        out[:, :channels] = case.x
-    out = device.copy("out", out, writable=True)
-    x = device.copy("x", case.x)
-    tensors = [device.copy(f"tensors[{i}]", t) for i, t in enumerate(case.tensors)]
+def result_of(x: Tensor, extents: Extents) -> Tensor:
+    """What `forward` is given to write: NaN, after the input's channels in a dense block."""
+    images, channels, height, width = x.shape
+    out_channels = channels + extents.modules * extents.growth if extents.dense else extents.growth
+    height, width = ((n - 1) // extents.stride + 1 for n in (height, width))
+    out = x.new_full((images, out_channels, height, width), torch.nan)
+    if extents.dense:
+        out[:, :channels] = x
+    return out
+
+
+def run(
+    library: Library, device: Device, x: Tensor, tensors: list[Tensor], extents: Extents, descending: bool = False
+) -> Tensor:
+    set_up(library.functions, descending)
+    out = device.copy("out", result_of(x, extents), writable=True)
+    x = device.copy("x", x)
+    tensors = [device.copy(f"tensors[{i}]", t) for i, t in enumerate(tensors)]
     addresses = (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
     block = Block(
         DTYPE_CODES[x.dtype],
         DTYPE_CODES[tensors[0].dtype],
-        (ctypes.c_int64 * 11)(*case.x.shape, *extents),
-        dense,
+        (ctypes.c_int64 * 11)(*x.shape, *extents[:-1]),
+        extents.dense,
         x.data_ptr(),
         (ctypes.c_int64 * 4)(*x.stride()),
         ctypes.addressof(addresses),
@@ -59,34 +67,50 @@ def run(library: Library, device: Device, case: Case, descending_threads: bool =
     return out
 
 
-def check(library: Library, device: Device, case: Case, descending_threads: bool = False) -> None:
+def check(library: Library, device: Device, name: str, x: Tensor, tensors: list[Tensor]) -> None:
+    extents = DEVICE_BLOCKS[name].extents
+    evaluate = plain(extents)
     library.forget_launches()
-    actual = run(library, device, case, descending_threads)
-    assert_as_exact(case.evaluate, case.x, case.tensors, [], {"out": actual})
-    library.verify_launches(case.evaluate(case.x.double(), doubled(case.tensors), []))
+    actual = run(library, device, x, tensors, extents)
+    assert_as_exact(evaluate, x, tensors, [], {"out": actual})
+    library.verify_launches(evaluate(x.double(), doubled(tensors), []))
 
 
 def run_covering_checks(library: Library, device: Device) -> None:
     """Runs every instance of every kernel; test_kernel_coverage.py finds this function by its name."""
-    for dtype, tensor_dtype in itertools.product(DTYPES, (None, torch.float32)):
-        check(library, device, make_case("transition", dtype, tensor_dtype))
+    for dtype, tensor_dtype in itertools.product(DEVICE_DTYPES, (None, torch.float32)):
+        check(library, device, "transition", *make_block(DEVICE_BLOCKS["transition"], dtype, tensor_dtype))
         device.reset()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("dtype", DEVICE_DTYPES, ids=str)
+@pytest.mark.parametrize("name", DEVICE_BLOCKS)
 def test_inference(library, device, name, dtype):
-    check(library, device, make_case(name, dtype))
+    check(library, device, name, *make_block(DEVICE_BLOCKS[name], dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_float32_tensors_and_channels_last(library, device, dtype):
-    case = make_case("transition", dtype, torch.float32)
-    check(library, device, case._replace(x=case.x.contiguous(memory_format=torch.channels_last)))
+@pytest.mark.parametrize("layout", ["channels_last", "slice of columns", "one row for all"])
+@pytest.mark.parametrize("dtype", DEVICE_DTYPES, ids=str)
+def test_float32_tensors_and_any_layout(library, device, dtype, layout):
+    x, tensors = make_block(DEVICE_BLOCKS["transition"], dtype, torch.float32)
+    check(library, device, "transition", in_layout(x, layout), tensors)
 
 
 # A missing barrier shows when the threads of a block take their turns in another order.
-def test_results_are_the_same_bits_in_any_order_of_threads(library, device):
-    case = make_case("several slices, several tiles", torch.float32)
-    first, second = (run(library, device, case, descending) for descending in (False, True))
+@pytest.mark.parametrize("dtype", DEVICE_DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["several slices, several tiles", "two modules in groups"])
+def test_results_are_the_same_bits_in_any_order_of_threads(library, device, name, dtype):
+    call = (*make_block(DEVICE_BLOCKS[name], dtype), DEVICE_BLOCKS[name].extents)
+    first, second = (run(library, device, *call, descending) for descending in (False, True))
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", DEVICE_DTYPES, ids=str)
+def test_not_a_number_reaches_what_depends_on_it(library, device, dtype):
+    """The gates carry it to all that a module gives to its image, and nowhere else."""
+    block = DEVICE_BLOCKS["two modules in groups"]
+    x, tensors = make_block(block, dtype)
+    x[1, 2, 3, 4] = torch.nan
+    out = run(library, device, x, tensors, block.extents)
+    assert out[1, block.channels :].isnan().all()
+    assert not out[0].isnan().any()
