@@ -34,8 +34,11 @@ def transition(squeeze: int, growth: int, stride: int = 2, groups: int = 1) -> E
 # Small enough for a CPU to run the GPU's kernels on them.
 DEVICE_BLOCKS = {
     "two modules in groups": Block(2, 5, 7, 9, dense(2, 8, 4, 4)),
-    "several slices, several tiles": Block(1, 19, 10, 18, dense(1, 21, 3, 1)),
+    "several slices": Block(1, 35, 4, 5, dense(1, 70, 3, 1)),
+    "several tiles": Block(2, 3, 10, 18, dense(1, 5, 3, 1)),
     "more outputs than a block": Block(1, 3, 3, 4, dense(1, 4, 37, 1)),
+    "groups of several blocks and slices": Block(1, 4, 3, 5, dense(1, 160, 40, 5)),
+    "one column": Block(2, 3, 70, 1, dense(1, 6, 3, 3)),
     "one position": Block(2, 3, 1, 1, dense(2, 4, 2, 1)),
     "transition": Block(2, 6, 8, 6, transition(6, 4, groups=2)),
     "transition, odd extents, several tiles": Block(1, 4, 9, 35, transition(5, 3)),

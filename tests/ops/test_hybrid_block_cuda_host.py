@@ -98,7 +98,7 @@ def test_float32_tensors_and_any_layout(library, device, dtype, layout):
 
 # A missing barrier shows when the threads of a block take their turns in another order.
 @pytest.mark.parametrize("dtype", DEVICE_DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["several slices, several tiles", "two modules in groups"])
+@pytest.mark.parametrize("name", ["several slices", "several tiles", "two modules in groups", "transition"])
 def test_results_are_the_same_bits_in_any_order_of_threads(library, device, name, dtype):
     call = (*make_block(DEVICE_BLOCKS[name], dtype), DEVICE_BLOCKS[name].extents)
     first, second = (run(library, device, *call, descending) for descending in (False, True))

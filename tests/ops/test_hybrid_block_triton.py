@@ -35,7 +35,7 @@ def test_inference(name):
 
 
 @pytest.mark.parametrize("dtype", DEVICE_DTYPES[1:], ids=str)
-@pytest.mark.parametrize("name", ["two modules in groups", "several slices, several tiles"])
+@pytest.mark.parametrize("name", ["two modules in groups", "several slices"])
 def test_inference_in_half_precision(name, dtype):
     check(name, *make_block(DEVICE_BLOCKS[name], dtype))
 
@@ -51,6 +51,7 @@ def test_tensors_of_both_dtypes():
     check("transition", x, [t.float() if i % 2 else t for i, t in enumerate(tensors)])
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice", "ignore:invalid value")
 def test_not_a_number_reaches_what_depends_on_it():
     """The gates carry it to all that a module gives to its image, and nowhere else."""
     block = DEVICE_BLOCKS["two modules in groups"]
