@@ -41,6 +41,7 @@ SQUEEZE = (
 )
 TENSORS = (*SQUEEZE, *PARAMETERS, *RUNNING)
 """State-dict names of one module's tensors, in the order in which every layer passes them."""
+_CONV1, _CONV2 = (TENSORS.index(f"{cell}.conv.weight") for cell in ("conv1_1x1", "conv2_3x3"))
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -64,12 +65,12 @@ def extents_of(tensors: Sequence[Tensor], stride: int, dense: bool) -> Extents:
     """`Extents` of a block by the shapes of its first module's tensors; ValueError where they are no module's."""
     if not tensors or len(tensors) % len(TENSORS):
         raise ValueError(f"hybrid_block: {len(tensors)} tensors, expected {len(TENSORS)} for each module")
-    conv1, conv2 = tensors[TENSORS.index("conv1_1x1.conv.weight")], tensors[TENSORS.index("conv2_3x3.conv.weight")]
+    conv1, conv2 = tensors[_CONV1], tensors[_CONV2]
     if conv1.dim() != 4 or conv2.dim() != 4 or not conv2.shape[1] or conv1.shape[0] % conv2.shape[1]:
         raise ValueError(
-            f"hybrid_block: tensors[{TENSORS.index('conv1_1x1.conv.weight')}] has shape {tuple(conv1.shape)} and "
-            f"tensors[{TENSORS.index('conv2_3x3.conv.weight')}] {tuple(conv2.shape)}, expected the convolutions' "
-            "weights (squeeze, channels, 1, 1) and (growth, squeeze / groups, 3, 3)"
+            f"hybrid_block: tensors[{_CONV1}] has shape {tuple(conv1.shape)} and tensors[{_CONV2}] "
+            f"{tuple(conv2.shape)}, expected the convolutions' weights (squeeze, channels, 1, 1) and "
+            "(growth, squeeze / groups, 3, 3)"
         )
     attention, forget = (tensors[TENSORS.index(f"{name}.bias")].shape[0] for name in ("fcall", "fc1"))
     groups = conv1.shape[0] // conv2.shape[1]
@@ -141,7 +142,10 @@ def _validate_map(x: Tensor, extents: Extents, eps: float) -> None:
     if x.dtype not in DTYPES:
         raise TypeError(f"hybrid_block: x has dtype {x.dtype}, expected float32, float64, bfloat16 or float16")
     if extents.growth % extents.groups:
-        raise ValueError(f"hybrid_block: {extents.growth} output channels in {extents.groups} groups")
+        raise ValueError(
+            f"hybrid_block: tensors[{_CONV2}] gives {extents.growth} channels, expected a multiple of {extents.groups} "
+            f"groups: it takes {extents.squeeze // extents.groups} of the {extents.squeeze} channels of tensors[{_CONV1}]"
+        )
     if extents.stride not in (1, 2) or (extents.stride != 1 if extents.dense else extents.modules != 1):
         raise ValueError(
             f"hybrid_block: {extents.modules} modules with stride {extents.stride}, expected stride 1 in a dense "
