@@ -1,5 +1,6 @@
 // hybrid_block's squeeze cell: BN, ReLU, 1x1 convolution, BN, ReLU and grouped 3x3 convolution as one kernel, which
-// keeps the map between the convolutions in shared memory; the gates are gated_excitation's kernel.
+// keeps the map between the convolutions in shared memory; the gates are gated_excitation's kernel. A module is two
+// launches, and a dense block's input is copied in front of them.
 //
 // Floors of one cell that reads C channels of P positions and gives G of Q, with S channels between, in K groups:
 // 2 (P C S + 9 Q G S / K) operations per image, (P C + Q G) elements of x and u, and the weights once. Above that: the

@@ -144,7 +144,7 @@ def _validate_map(x: Tensor, extents: Extents, eps: float) -> None:
     if extents.growth % extents.groups:
         raise ValueError(
             f"hybrid_block: tensors[{_CONV2}] gives {extents.growth} channels, expected a multiple of {extents.groups} "
-            f"groups: it takes {extents.squeeze // extents.groups} of the {extents.squeeze} channels of tensors[{_CONV1}]"
+            f"groups: of {extents.squeeze} channels it takes {extents.squeeze // extents.groups}"
         )
     if extents.stride not in (1, 2) or (extents.stride != 1 if extents.dense else extents.modules != 1):
         raise ValueError(

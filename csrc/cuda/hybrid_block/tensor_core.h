@@ -25,8 +25,8 @@ constexpr int kSliceTiles = kSlice / kRows;
 constexpr int kBorderedTiles = kBordered / kColumns / kWarps;  // of one warp
 constexpr int kOutputTiles = kBlockOutputs / kRows;
 constexpr int kCellTiles = kCells / kColumns / kWarps;  // of one warp
-// Rows of shared memory are 4 words longer than a multiple of 32 words (or 20: 8 rows of 4 words each, which a warp
-// reads at once, then still lie in different banks).
+// In shared memory a row is 20 or 36 words long, so that 8 rows of 4 words, which a warp reads at once, lie in
+// different banks.
 constexpr int kInputPitch = kInputs + 8;
 constexpr int kSlicePitch = kSlice + 8;
 
@@ -183,8 +183,8 @@ __device__ void load_second(const Arguments<T, P>& a, const Place& at, int start
   }
 }
 
-// Whether a tile's outputs, from `output` on, depend on channels [s, s + kRows) of the block's; both from the block's
-// first on.
+// Whether the outputs of a tile that begins with `output` depend on channels [s, s + kRows); both count from the
+// block's first.
 template <typename T, typename P>
 __device__ bool depends(const Arguments<T, P>& a, const Place& at, int output, int s) {
   if (output >= at.outputs) return false;
