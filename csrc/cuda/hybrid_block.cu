@@ -23,6 +23,16 @@ namespace {
 
 constexpr int64_t kLimit = int64_t{1} << 30;  // of extents that are int in kernels
 
+template <typename T, typename P>
+__global__ void __launch_bounds__(kThreads, 2) squeeze_cell_kernel(const Arguments<T, P> a) {
+  scalar::squeeze_cell(a);
+}
+
+template <typename T, typename P>
+__global__ void __launch_bounds__(kThreads, 2) squeeze_cell_mma_kernel(const Arguments<T, P> a) {
+  tensor_core::squeeze_cell(a);
+}
+
 void require(bool condition, const char* message) {
   if (!condition) throw std::runtime_error(std::string("hybrid_block (cuda): ") + message);
 }
@@ -89,11 +99,11 @@ template <typename T, typename P>
 void squeeze_typed(Arguments<T, P> a, int64_t batch, cudaStream_t stream) {
   if constexpr (std::is_same_v<T, float>) {
     deal_channels(a, 1, scalar::kBlockOutputs, scalar::kSlice, scalar::kRounding);
-    launch_squeeze<scalar::Shared>(scalar::squeeze_cell_kernel<T, P>, a, batch, stream);
+    launch_squeeze<scalar::Shared>(squeeze_cell_kernel<T, P>, a, batch, stream);
   } else {
     using tensor_core::Shared;
     deal_channels(a, a.groups, tensor_core::kBlockOutputs, tensor_core::kSlice, tensor_core::kRounding);
-    launch_squeeze<Shared<T>>(tensor_core::squeeze_cell_mma_kernel<T, P>, a, batch, stream);
+    launch_squeeze<Shared<T>>(squeeze_cell_mma_kernel<T, P>, a, batch, stream);
   }
 }
 

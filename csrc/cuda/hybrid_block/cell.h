@@ -140,12 +140,11 @@ __device__ Norm norm_of(const Stage<P>& stage, int channel, float eps) {
           to_float(stage.bias[channel])};
 }
 
-// Norms of kInputs channels for one warp; a channel that is none becomes zero.
+// Norms of kInputs channels for one warp, one by each lane; a channel that is none becomes zero.
 template <typename T, typename P>
 __device__ void load_norms(const Arguments<T, P>& a, int start, Norm* norms) {
   const int lane = threadIdx.x % kWarp;
   norms[lane] = start + lane < a.channels ? norm_of(a.first, start + lane, a.eps) : Norm{0.f, 0.f, 0.f};
-  __syncwarp();
 }
 
 }  // namespace pyext::hybrid_block

@@ -125,7 +125,7 @@ __device__ void add_taps(const Arguments<T, P>& a, const Place& at, const Cell& 
 
 // Block: a tile of one image, some channels of one group.
 template <typename T, typename P>
-__global__ void __launch_bounds__(kThreads, 2) squeeze_cell_kernel(const Arguments<T, P> a) {
+__device__ void squeeze_cell(const Arguments<T, P>& a) {
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared());
   if (threadIdx.x == 0) shared.place = Place(a);
   __syncthreads();

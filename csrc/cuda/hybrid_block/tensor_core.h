@@ -77,6 +77,7 @@ __device__ void load_first(const Arguments<T, P>& a, const Source<T>& source, in
   constexpr int kPack = 8;
   const Norm* norms = shared.first.norm[threadIdx.x / kWarp];
   load_norms(a, start, shared.first.norm[threadIdx.x / kWarp]);
+  __syncwarp();
 #pragma unroll 1
   for (int part = 0; threadIdx.x < kBordered && part < kInputs; part += kAhead) {
     float x[kAhead];
@@ -247,7 +248,7 @@ __device__ void store_outputs(const Arguments<T, P>& a, const Place& at, const M
 
 // Block: a tile of one image; whole groups, or some channels of one.
 template <typename T, typename P>
-__global__ void __launch_bounds__(kThreads, 2) squeeze_cell_mma_kernel(const Arguments<T, P> a) {
+__device__ void squeeze_cell(const Arguments<T, P>& a) {
   Shared<T>& shared = *reinterpret_cast<Shared<T>*>(dynamic_shared());
   if (threadIdx.x == 0) shared.place = Place(a);
   __syncthreads();
