@@ -25,6 +25,8 @@ BLOCK_P = 64
 MIN_BLOCK = 16
 """The least extent that `tl.dot` takes."""
 MAX_BLOCK = 64
+MAX_BLOCK_FLOAT32 = 32
+"""Without tensor cores operands take registers, which a larger block has not got."""
 
 
 @triton.jit
@@ -103,8 +105,9 @@ def grouped_kernel(
     tl.store(u + target, total.to(u.dtype.element_ty), mask)
 
 
-def _block(extent: int) -> int:
-    return min(MAX_BLOCK, max(MIN_BLOCK, triton.next_power_of_2(extent)))
+def _block(extent: int, dtype: torch.dtype) -> int:
+    most = MAX_BLOCK_FLOAT32 if dtype == torch.float32 else MAX_BLOCK
+    return min(most, max(MIN_BLOCK, triton.next_power_of_2(extent)))
 
 
 def _squeeze_cell(x: Tensor, tensors: Sequence[Tensor], growth: int, groups: int, stride: int, eps: float) -> Tensor:
@@ -115,16 +118,16 @@ def _squeeze_cell(x: Tensor, tensors: Sequence[Tensor], growth: int, groups: int
     out_height, out_width = (height - 1) // stride + 1, (width - 1) // stride + 1
     squeezed = x.new_empty((images, squeeze, height, width))
     u = x.new_empty((images, growth, out_height, out_width))
-    block_s, block_g = _block(squeeze), _block(growth // groups)
+    block_s, block_g = _block(squeeze, x.dtype), _block(growth // groups, x.dtype)
     tiles = images * triton.cdiv(squeeze, block_s) * triton.cdiv(height * width, BLOCK_P)
     squeeze_kernel[(tiles,)](
         x, tuple(tensors[:4]), conv1, tuple(tensors[5:9]), squeezed, *x.stride(), channels, squeeze, height * width,
-        width, eps, BLOCK_S=block_s, BLOCK_C=32, BLOCK_P=BLOCK_P,
+        width, eps, BLOCK_S=block_s, BLOCK_C=16, BLOCK_P=BLOCK_P,
     )  # fmt: skip
     tiles = images * groups * triton.cdiv(growth // groups, block_g) * triton.cdiv(out_height * out_width, BLOCK_P)
     grouped_kernel[(tiles,)](
         squeezed, conv2, u, groups, squeeze // groups, growth // groups, height, width, out_height, out_width, stride,
-        BLOCK_G=block_g, BLOCK_C=min(32, _block(squeeze // groups)), BLOCK_P=BLOCK_P,
+        BLOCK_G=block_g, BLOCK_C=min(32, _block(squeeze // groups, x.dtype)), BLOCK_P=BLOCK_P,
     )  # fmt: skip
     return u
 
