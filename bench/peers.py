@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.case import Runner
+from pyext import backend
 
 FORMATS = {"": torch.contiguous_format, " channels_last": torch.channels_last}
 """What a contender's name ends with, and the memory format of its model and input."""
@@ -64,6 +65,16 @@ def autocast(subject: Subject, device: torch.device, dtype: torch.dtype) -> Subj
     def call(x: Tensor) -> Tensor:
         with torch.autocast(device.type, dtype):
             return subject.call(x).float()  # the loss is computed in float32, as recipes do
+
+    return Subject(call, subject.parameters, subject.running)
+
+
+def on_backend(subject: Subject, name: str) -> Subject:
+    """`subject`, its operators asked for backend `name`."""
+
+    def call(x: Tensor) -> Tensor:
+        with backend(name):
+            return subject.call(x)
 
     return Subject(call, subject.parameters, subject.running)
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from bench.peers import from_tests
 from pyext import ops
 from pyext.ops.gated_excitation import PARAMETERS, RUNNING, reference
+from pyext.ops.hybrid_block import Extents, extents_of
+from pyext.ops.hybrid_block import reference as block_reference
 from pyext.ops.memory_contrast import reference as contrast_reference
 from pyext.ops.memory_update import reference as update_reference
 
@@ -32,17 +34,18 @@ class Shape:
 @dataclass(frozen=True)
 class Call:
     """The tensors of one call: what gradients are asked of (the main input first), what training mode moves, and
-    integers."""
+    integers; and numbers, which a GPU need not be waited for to read."""
 
     leaves: dict[str, Tensor]
     state: dict[str, Tensor]
     indices: dict[str, Tensor] = field(default_factory=dict)
+    options: dict[str, int] = field(default_factory=dict)
 
     def to(self, *to: torch.device | torch.dtype) -> Call:
         """Copies on a device, in a dtype, with the strides that they have where they are dense."""
         devices = [x for x in to if isinstance(x, torch.device)]
         moved = [{k: x.detach().to(*to, copy=True) for k, x in d.items()} for d in (self.leaves, self.state)]
-        return Call(*moved, {k: x.to(*devices, copy=True) for k, x in self.indices.items()})
+        return Call(*moved, {k: x.to(*devices, copy=True) for k, x in self.indices.items()}, self.options)
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,16 @@ def _gated_excitation(n: int, c: int, height: int, width: int) -> Shape:
     return Shape((n, c, height, width), {"forget": max(2, c // 2), "attention": max(2, c)})
 
 
+def _draw_block(shape: Shape, dtype: torch.dtype, parameter_dtype: torch.dtype, layout: str, seed: int) -> Call:
+    """A block's input and the tensors of its modules, none of which it moves."""
+    inputs = from_tests("ops/block_inputs.py")
+    block = inputs.Block(*shape.input, Extents(**shape.others))
+    x, tensors = inputs.make_block(block, dtype, parameter_dtype, seed)
+    x = from_tests("ops/layouts.py").in_layout(x, layout)
+    leaves = {"x": x} | {f"tensors[{i}]": tensor for i, tensor in enumerate(tensors)}
+    return Call(leaves, {}, options={name: shape.others[name] for name in ("stride", "dense")})
+
+
 def _draw_banks(shape: Shape, dtype: torch.dtype, parameter_dtype: torch.dtype, layout: str, seed: int) -> Call:
     """Embeddings (peers, images, features), banks, and indices whose first column is the images' own."""
     inputs = from_tests("ops/memory_inputs.py")
@@ -129,6 +142,22 @@ def _run_memory_update(call: Call, training: bool, **options: object) -> Tensor:
 
 def _reference_memory_update(call: Call, training: bool) -> Tensor:
     return _moved_banks(update_reference, call)
+
+
+def _run_hybrid_block(call: Call, training: bool, **options: object) -> Tensor:
+    x, *tensors = call.leaves.values()
+    with torch.no_grad():
+        return ops.hybrid_block(x, tensors, **call.options, **options)
+
+
+def _reference_hybrid_block(call: Call, training: bool) -> Tensor:
+    x, *tensors = call.leaves.values()
+    return block_reference(x, tensors, extents_of(tensors, **call.options))
+
+
+def _block(input: tuple[int, ...], modules: int, growth: int, groups: int, stride: int = 1) -> Shape:
+    widths = {"squeeze": 4 * growth, "growth": growth, "groups": groups, "attention": growth, "forget": growth}
+    return Shape(input, {"modules": modules, **widths, "stride": stride, "dense": stride == 1})
 
 
 def _banks(images: int, peers: int, features: int, rows: int, negatives: int) -> Shape:
@@ -170,6 +199,24 @@ SAMPLES = {
             (_gated_excitation(2, 64, 28, 28), torch.bfloat16, "channels_last"),
             (_gated_excitation(2, 430, 7, 7), torch.float32, "nchw"),
         ),
+    ),
+    "hybrid_block": Samples(
+        _draw_block,
+        _run_hybrid_block,
+        _reference_hybrid_block,
+        odd={
+            "odd": _block((3, 5, 7, 9), 2, 4, 4),
+            "one position": _block((2, 3, 1, 1), 2, 2, 1),
+            "several tiles": _block((2, 19, 10, 35), 1, 5, 1),
+            "transition": _block((3, 6, 9, 35), 1, 5, 1, stride=2),
+        },
+        usual=(
+            (_block((2, 24, 32, 32), 3, 12, 4), torch.float32, "nchw"),
+            (_block((2, 60, 16, 16), 2, 24, 4), torch.bfloat16, "nchw"),
+            (_block((2, 20, 8, 8), 2, 36, 4), torch.float16, "channels_last"),
+        ),
+        differentiable=False,
+        takes_out=False,
     ),
     "memory_contrast": Samples(
         _draw_banks,

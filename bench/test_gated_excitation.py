@@ -18,9 +18,9 @@ from bench.peers import (
     graphed,
     inference_runner,
     module_subject,
+    on_backend,
 )
 from bench.roofs import Work
-from pyext import backend
 from pyext.nn import GatedExcitation
 from pyext.ops.gated_excitation import PARAMETERS, RUNNING, reference
 
@@ -121,21 +121,13 @@ class Setup:
         return self.runner(self.composition(torch.float64), torch.float64, torch.contiguous_format)
 
 
-def _on_triton(subject: Subject) -> Subject:
-    def call(x: Tensor) -> Tensor:
-        with backend("triton"):
-            return subject.call(x)
-
-    return Subject(call, subject.parameters, subject.running)
-
-
 def _build(kind: str, setup: Setup) -> Runner:
     """A contender by the words of its name: the program, then what is special about it."""
     subject = setup.fused() if kind.startswith("pyext") else setup.composition(torch.float32)
     if kind.startswith("torch.compile"):
         subject = compiled(subject, setup.training)
     if "triton" in kind:
-        subject = _on_triton(subject)
+        subject = on_backend(subject, "triton")
     layout = FORMATS[" channels_last" if "channels_last" in kind else ""]
     runner = setup.runner(subject, setup.dtype, layout)
     return graphed(runner) if "graph" in kind else runner

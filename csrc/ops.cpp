@@ -13,6 +13,8 @@
 #define GATED_EXCITATION_SAVED \
   "Tensor position, Tensor pooled, Tensor hidden, Tensor map_statistics, Tensor hidden_statistics"
 
+#define HYBRID_BLOCK "(Tensor x, Tensor[] tensors, int[] extents, float eps) -> Tensor"
+
 #define MEMORY_CONTRAST                                                                                   \
   "(Tensor embeddings, Tensor[] banks, Tensor indices, float temperature, bool? tiled) -> (Tensor loss, " \
   "Tensor rows, Tensor weights)"
@@ -30,7 +32,8 @@ STABLE_TORCH_LIBRARY(pyext, m) {
         ", *, Tensor(a!) out) -> (Tensor map_statistics, Tensor hidden_statistics)");
   m.def("gated_excitation_backward" GATED_EXCITATION_BACKWARD);
   m.def("gated_excitation_backward_triton" GATED_EXCITATION_BACKWARD);
-  m.def("hybrid_block(Tensor x, Tensor[] tensors, int[] extents, float eps) -> Tensor");
+  m.def("hybrid_block" HYBRID_BLOCK);
+  m.def("hybrid_block_triton" HYBRID_BLOCK);
   m.def("memory_contrast" MEMORY_CONTRAST);
   m.def("memory_contrast_triton" MEMORY_CONTRAST);
   m.def("memory_contrast_backward" MEMORY_CONTRAST_BACKWARD);

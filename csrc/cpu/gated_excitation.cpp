@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "checks/shape.h"
 #include "cpu/capability.h"
 #include "cpu/host.h"
 #include "cpu/tensors.h"
@@ -21,6 +22,8 @@ using gated_excitation::kNumBranches;
 using gated_excitation::kNumParameters;
 using gated_excitation::kNumRunning;
 using gated_excitation::parameter_numel;
+using gated_excitation::parameter_shape;
+using gated_excitation::running_shape;
 using gated_excitation::Sizes;
 
 DType dtype_of(const Tensor& tensor, const char* name) {
@@ -64,22 +67,21 @@ class Inputs {
                     " running statistics, expected ", training ? 0 : static_cast<int>(kNumRunning));
     args.parameter_dtype = dtype_of(parameters[0], "parameters[0]");
     for (int k = 0; k < kNumParameters; ++k) {
-      args.parameters[k] = data(parameters[k], parameter_numel(k, args.sizes), args.parameter_dtype, "parameters", k);
+      args.parameters[k] = data(parameters[k], parameter_shape(k, args.sizes), args.parameter_dtype, "parameters", k);
     }
-    const int64_t lengths[4] = {args.sizes.channels, args.sizes.channels, args.sizes.attention, args.sizes.forget};
     if (!training) args.running_dtype = dtype_of(running[0], "running[0]");
-    for (size_t k = 0; k < running.size(); ++k) {
-      args.running[k] = data(running[k], lengths[k / 2], args.running_dtype, "running", k);
+    for (int k = 0; k < static_cast<int>(running.size()); ++k) {
+      args.running[k] = data(running[k], running_shape(k, args.sizes), args.running_dtype, "running", k);
     }
   }
 
   GatedExcitation args{};
 
  private:
-  const void* data(const Tensor& tensor, int64_t numel, DType dtype, const char* list, int64_t index) {
+  const void* data(const Tensor& tensor, const Shape& shape, DType dtype, const char* list, int index) {
     const DType found = dtype_of(tensor, list);
-    STD_TORCH_CHECK(tensor.is_cpu() && tensor.numel() == numel, "gated_excitation: ", list, "[", index, "] has ",
-                    tensor.numel(), " elements, expected ", numel, " on the CPU");
+    STD_TORCH_CHECK(tensor.is_cpu(), "gated_excitation: ", list, "[", index, "] is not on the CPU");
+    check_shape(tensor, shape, "gated_excitation", list, index);
     STD_TORCH_CHECK(found == dtype && (found == args.dtype || (found == DType::kFloat && args.dtype != DType::kDouble)),
                     "gated_excitation: ", list, "[", index, "] has another dtype than u or float32");
     if (tensor.is_contiguous()) return tensor.data_ptr();

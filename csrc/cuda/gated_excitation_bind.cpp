@@ -1,21 +1,17 @@
 // gated_excitation on CUDA: checks, allocation, the device and its stream, registration.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <tuple>
 #include <vector>
 
+#include "checks/shape.h"
+#include "cuda/bind.h"
 #include "cuda/gated_excitation.h"
 
 namespace pyext::gated_excitation {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using torch::stable::accelerator::DeviceGuard;
+using namespace pyext::cuda;
 
 Dtype dtype_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
@@ -44,10 +40,6 @@ Sizes sizes_of(const Tensor& u, const std::vector<Tensor>& parameters) {
 
 ImageTensor image_of(const Tensor& tensor) {
   return {tensor.data_ptr(), {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)}};
-}
-
-bool on_device_of(const Tensor& tensor, const Tensor& u) {
-  return tensor.is_cuda() && tensor.get_device_index() == u.get_device_index();
 }
 
 DeviceGuard guard_device_of(const Tensor& u) {
@@ -81,23 +73,21 @@ class CheckedInputs {
     inputs.parameter_dtype = mixed ? Dtype::kFloat : dtype_of(parameters[0], "parameters[0]");
     for (int k = 0; k < kNumParameters; ++k) {
       inputs.parameters[k] =
-          data(parameters[k], parameter_numel(k, inputs.sizes), parameter_type, kernel_type, "parameters", k);
+          data(parameters[k], parameter_shape(k, inputs.sizes), parameter_type, kernel_type, "parameters", k);
     }
-    const Sizes& s = inputs.sizes;
-    const int64_t lengths[] = {s.channels, s.channels, s.attention, s.forget};
-    for (size_t k = 0; k < running.size(); ++k) {
+    for (int k = 0; k < static_cast<int>(running.size()); ++k) {
       inputs.running[k] =
-          data(running[k], lengths[k / 2], running[0].scalar_type(), kernel_type, "running", static_cast<int>(k));
+          data(running[k], running_shape(k, inputs.sizes), running[0].scalar_type(), kernel_type, "running", k);
     }
   }
 
   Inputs inputs{};
 
  private:
-  const void* data(const Tensor& tensor, int64_t numel, ScalarType list_type, ScalarType kernel_type, const char* list,
-                   int index) {
-    STD_TORCH_CHECK(tensor.numel() == numel && on_device_of(tensor, u_), "gated_excitation: ", list, "[", index,
-                    "] has ", tensor.numel(), " elements, expected ", numel, " on the device of u");
+  const void* data(const Tensor& tensor, const Shape& shape, ScalarType list_type, ScalarType kernel_type,
+                   const char* list, int index) {
+    STD_TORCH_CHECK(on_device_of(tensor, u_), "gated_excitation: ", list, "[", index, "] is not on the device of u");
+    check_shape(tensor, shape, "gated_excitation", list, index);
     const ScalarType type = tensor.scalar_type();
     STD_TORCH_CHECK(type == list_type && (type == u_.scalar_type() || type == ScalarType::Float),
                     "gated_excitation: ", list, "[", index,
@@ -120,12 +110,6 @@ Tensor new_workspace(const Tensor& u, size_t bytes) {
   return torch::stable::new_empty(u, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
 }
 
-cudaStream_t current_stream(const Tensor& u) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(u.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
 float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
 
 using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -145,7 +129,7 @@ Result run_forward(const Tensor& u, const std::vector<Tensor>& parameters, const
   const Tensor workspace = new_workspace(u, forward_workspace_bytes(checked.inputs, save));
   const Saved saved{floats(position), floats(pooled), floats(hidden), floats(map_statistics),
                     floats(hidden_statistics)};
-  forward(checked.inputs, save, image_of(out), saved, workspace.data_ptr(), current_stream(u));
+  forward(checked.inputs, save, image_of(out), saved, workspace.data_ptr(), stream_of(u));
   return {out, position, pooled, hidden, map_statistics, hidden_statistics};
 }
 
@@ -192,7 +176,7 @@ std::tuple<Tensor, Tensor> gated_excitation_backward(const Tensor& grad_out, con
   const Tensor grad_parameters = new_floats(u, {numel});
   const Tensor workspace = new_workspace(u, backward_workspace_bytes(checked.inputs));
   backward(checked.inputs, image_of(grad_out), saved, image_of(grad_u), floats(grad_parameters), workspace.data_ptr(),
-           current_stream(u));
+           stream_of(u));
   return {grad_u, grad_parameters};
 }
 

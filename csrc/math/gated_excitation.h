@@ -1,8 +1,10 @@
-// The operator's contract as every kernel sees it: the order of its tensors and the layout of its flat gradient.
+// The operator's contract as every kernel sees it: its tensors' order and shapes and the layout of its flat gradient.
 // pyext/ops/gated_excitation.py holds the same order under state-dict names; a test compares the two.
 #pragma once
 
 #include <cstdint>
+
+#include "math/shape.h"
 
 namespace pyext::gated_excitation {
 
@@ -63,35 +65,47 @@ struct Sizes {
   int64_t hidden() const { return forget + attention; }
 };
 
-// Elements of one parameter, which is also its extent in the flat gradient.
-inline int64_t parameter_numel(int parameter, const Sizes& s) {
+inline Shape parameter_shape(int parameter, const Sizes& s) {
   switch (parameter) {
     case kConv3Weight:
     case kConv5Weight:
-      return 9 * s.channels;
+      return {4, {s.channels, 1, 3, 3}};
+    case kContext3Weight:
+    case kContext5Weight:
+    case kForgetContextWeight:
+      return {4, {1, s.channels, 1, 1}};
     case kContext3Bias:
     case kContext5Bias:
     case kForgetContextBias:
-      return 1;
+      return {1, {1}};
     case kAllWeight:
-      return s.attention * 2 * s.channels;
+      return {4, {s.attention, 2 * s.channels, 1, 1}};
     case kAllBias:
     case kAttentionNormWeight:
     case kAttentionNormBias:
-      return s.attention;
+      return {1, {s.attention}};
     case kSelect3Weight:
     case kSelect5Weight:
-      return s.channels * s.attention;
+      return {4, {s.channels, s.attention, 1, 1}};
     case kForgetNormWeight:
     case kForgetNormBias:
     case kForget1Bias:
-      return s.forget;
+      return {1, {s.forget}};
     case kForget1Weight:
+      return {4, {s.forget, s.channels, 1, 1}};
     case kForget2Weight:
-      return s.forget * s.channels;
+      return {4, {s.channels, s.forget, 1, 1}};
     default:
-      return s.channels;
+      return {1, {s.channels}};
   }
+}
+
+// Elements of one parameter, which is also its extent in the flat gradient.
+inline int64_t parameter_numel(int parameter, const Sizes& s) { return parameter_shape(parameter, s).numel(); }
+
+inline Shape running_shape(int running, const Sizes& s) {
+  const int64_t lengths[] = {s.channels, s.channels, s.attention, s.forget};
+  return {1, {lengths[running / 2]}};
 }
 
 }  // namespace pyext::gated_excitation

@@ -48,16 +48,17 @@ struct Sizes {
   gated_excitation::Sizes gates() const { return {batch, growth, out_height(), out_width(), forget, attention}; }
 };
 
-// Elements of one tensor of module `module`.
+// Of one tensor of module `module`.
+inline Shape tensor_shape(int tensor, const Sizes& s, int64_t module) {
+  if (tensor >= kGateRunning) return gated_excitation::running_shape(tensor - kGateRunning, s.gates());
+  if (tensor >= kGateParameters) return gated_excitation::parameter_shape(tensor - kGateParameters, s.gates());
+  if (tensor == kConv1Weight) return {4, {s.squeeze, s.inputs(module), 1, 1}};
+  if (tensor == kConv2Weight) return {4, {s.growth, s.squeeze / s.groups, 3, 3}};
+  return {1, {tensor < kConv1Weight ? s.inputs(module) : s.squeeze}};
+}
+
 inline int64_t tensor_numel(int tensor, const Sizes& s, int64_t module) {
-  if (tensor >= kGateRunning) {
-    const int64_t lengths[4] = {s.growth, s.growth, s.attention, s.forget};
-    return lengths[(tensor - kGateRunning) / 2];
-  }
-  if (tensor >= kGateParameters) return gated_excitation::parameter_numel(tensor - kGateParameters, s.gates());
-  if (tensor == kConv1Weight) return s.squeeze * s.inputs(module);
-  if (tensor == kConv2Weight) return s.growth * (s.squeeze / s.groups) * 9;
-  return tensor < kConv1Weight ? s.inputs(module) : s.squeeze;
+  return tensor_shape(tensor, s, module).numel();
 }
 
 }  // namespace pyext::hybrid_block

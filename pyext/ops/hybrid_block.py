@@ -13,6 +13,7 @@ an image goes through the whole block while it is in cache.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyext import _backend
+from pyext import _backend, _library
 from pyext.ops.gated_excitation import PARAMETERS, RUNNING, parameter_shapes
 from pyext.ops.gated_excitation import reference as gates_reference
 
@@ -40,6 +41,7 @@ SQUEEZE = (
 )
 TENSORS = (*SQUEEZE, *PARAMETERS, *RUNNING)
 """State-dict names of one module's tensors, in the order in which every layer passes them."""
+_CONV1, _CONV2 = (TENSORS.index(f"{cell}.conv.weight") for cell in ("conv1_1x1", "conv2_3x3"))
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -63,12 +65,12 @@ def extents_of(tensors: Sequence[Tensor], stride: int, dense: bool) -> Extents:
     """`Extents` of a block by the shapes of its first module's tensors; ValueError where they are no module's."""
     if not tensors or len(tensors) % len(TENSORS):
         raise ValueError(f"hybrid_block: {len(tensors)} tensors, expected {len(TENSORS)} for each module")
-    conv1, conv2 = tensors[TENSORS.index("conv1_1x1.conv.weight")], tensors[TENSORS.index("conv2_3x3.conv.weight")]
+    conv1, conv2 = tensors[_CONV1], tensors[_CONV2]
     if conv1.dim() != 4 or conv2.dim() != 4 or not conv2.shape[1] or conv1.shape[0] % conv2.shape[1]:
         raise ValueError(
-            f"hybrid_block: tensors[{TENSORS.index('conv1_1x1.conv.weight')}] has shape {tuple(conv1.shape)} and "
-            f"tensors[{TENSORS.index('conv2_3x3.conv.weight')}] {tuple(conv2.shape)}, expected the convolutions' "
-            "weights (squeeze, channels, 1, 1) and (growth, squeeze / groups, 3, 3)"
+            f"hybrid_block: tensors[{_CONV1}] has shape {tuple(conv1.shape)} and tensors[{_CONV2}] "
+            f"{tuple(conv2.shape)}, expected the convolutions' weights (squeeze, channels, 1, 1) and "
+            "(growth, squeeze / groups, 3, 3)"
         )
     attention, forget = (tensors[TENSORS.index(f"{name}.bias")].shape[0] for name in ("fcall", "fc1"))
     groups = conv1.shape[0] // conv2.shape[1]
@@ -100,7 +102,9 @@ def reference(x: Tensor, tensors: Sequence[Tensor], extents: Extents, eps: float
 
 
 def _reference_module(x: Tensor, tensors: Sequence[Tensor], extents: Extents, eps: float) -> Tensor:
-    t = dict(zip(TENSORS, tensors, strict=True))
+    # Plain torch normalises by tensors of one dtype; the wider one holds the values of both.
+    dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors})
+    t = {name: tensor.to(dtype) for name, tensor in zip(TENSORS, tensors, strict=True)}
 
     def activated(x: Tensor, name: str) -> Tensor:
         weight, bias, mean, var = (
@@ -138,7 +142,10 @@ def _validate_map(x: Tensor, extents: Extents, eps: float) -> None:
     if x.dtype not in DTYPES:
         raise TypeError(f"hybrid_block: x has dtype {x.dtype}, expected float32, float64, bfloat16 or float16")
     if extents.growth % extents.groups:
-        raise ValueError(f"hybrid_block: {extents.growth} output channels in {extents.groups} groups")
+        raise ValueError(
+            f"hybrid_block: tensors[{_CONV2}] gives {extents.growth} channels, expected a multiple of {extents.groups} "
+            f"groups: of {extents.squeeze} channels it takes {extents.squeeze // extents.groups}"
+        )
     if extents.stride not in (1, 2) or (extents.stride != 1 if extents.dense else extents.modules != 1):
         raise ValueError(
             f"hybrid_block: {extents.modules} modules with stride {extents.stride}, expected stride 1 in a dense "
@@ -161,6 +168,22 @@ def no_cpu(x: Tensor, *rest: Sequence[Tensor]) -> str | None:
     return _no_inference(x, *rest)
 
 
+def no_cuda(x: Tensor, *rest: Sequence[Tensor]) -> str | None:
+    """Why the CUDA kernel cannot run; None when it can."""
+    if x.device.type != "cuda":
+        return f"x is on {x.device}, this backend runs on CUDA devices"
+    if x.dtype == torch.float64:
+        return "float64 runs on the CPU and in the reference only"
+    return _no_inference(x, *rest) or _library.cuda_error
+
+
+def no_triton(x: Tensor, *rest: Sequence[Tensor]) -> str | None:
+    """Why the Triton kernels cannot run; None when they can."""
+    if x.dtype == torch.float64:
+        return "float64 runs on the CPU and in the reference only"
+    return _no_inference(x, *rest) or _library.triton_error(x.device)
+
+
 def no_reference(*_: object) -> str | None:
     """Plain torch runs anywhere."""
     return None
@@ -169,9 +192,8 @@ def no_reference(*_: object) -> str | None:
 OPERATOR = _backend.register(
     _backend.Operator(
         "hybrid_block",
-        {"cpu": no_cpu, "reference": no_reference},
+        {"cpu": no_cpu, "cuda": no_cuda, "triton": no_triton, "reference": no_reference},
         differentiable=False,
-        unwritten=("cuda", "triton"),
     )
 )
 
@@ -211,8 +233,9 @@ def hybrid_block(
     if name == "reference":
         validate(x, tensors, extents, eps)
         return reference(x, tensors, extents, eps)
+    op = _OPS.hybrid_block_triton if name == "triton" else _OPS.hybrid_block
     try:
-        return _OPS.hybrid_block(x, tensors, extents, eps)
+        return op(x, tensors, extents, eps)
     except RuntimeError:
         # The kernels check what memory safety needs; the sentence that names the argument is made here.
         validate(x, tensors, extents, eps)
@@ -229,3 +252,15 @@ def _fake(x, tensors, extents, eps):
 
 
 torch.library.register_fake("pyext::hybrid_block")(_fake)
+torch.library.register_fake("pyext::hybrid_block_triton")(_fake)
+
+
+def _triton_forward(x, tensors, extents, eps):
+    from pyext.triton_kernels import hybrid_block as kernels
+
+    validate(x, tensors, Extents(*extents), eps)  # a kernel reads past the end of a tensor that is too short
+    return kernels.forward(x, tensors, extents, eps)
+
+
+for _device in ("CPU", "CUDA"):
+    torch.library.impl("pyext::hybrid_block_triton", _device)(_triton_forward)

@@ -37,8 +37,9 @@ def test_block_work_of_one_position():
     assert work.bytes == 4 * (sum(cells) + 24 + 120)
 
 
-def test_block_contenders_pass_the_gate():
-    case = block._case(block.Setup(5, 4, 6, 2))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_block_contenders_pass_the_gate(dtype):
+    case = block._case(block.Setup(5, 4, 6, 2, CPU, dtype))
     gate = Gate(case)
     for contender in case.contenders:
         if "compile" not in contender.name:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from dataclasses import replace
 
 import hypothesis.strategies as st
@@ -17,9 +19,12 @@ BACKENDS = ("auto", "cpu", "reference", "triton")
 
 
 def _other_shapes(x, free):
-    """Shapes that do not fit where `x` does, each with another number of elements in a dimension that is not free."""
-    longer = [(*x.shape[:dim], x.shape[dim] + 1, *x.shape[dim + 1 :]) for dim in range(x.dim()) if dim not in free]
-    return [(*x.shape, 2), *longer]
+    """Shapes that do not fit where `x` does: another number of dimensions, of elements in one that is not free, or two
+    such dimensions that have changed places, which leaves the number of elements as it is."""
+    fixed = [dim for dim in range(x.dim()) if dim not in free]
+    longer = [(*x.shape[:dim], x.shape[dim] + 1, *x.shape[dim + 1 :]) for dim in fixed]
+    pairs = [pair for pair in itertools.combinations(fixed, 2) if x.shape[pair[0]] != x.shape[pair[1]]]
+    return [(*x.shape, 1), (*x.shape, 2), *longer, *(x.transpose(*pair).shape for pair in pairs)]
 
 
 def wrong_shape(draw, description, case, x):
@@ -54,13 +59,15 @@ def refused(description, case: Case, backend: str, words, **options) -> None:
     assert any(word in str(caught.value) for word in words), f"none of {words} in: {caught.value}"
 
 
+def operators_and_backends(applies=lambda description: True):
+    names = sorted(name for name in OPERATORS if applies(description_of(name)))
+    return [(name, b) for name in names for b in BACKENDS if b not in OPERATORS[name].unwritten]
+
+
 def on_every_operator_and_backend(prove, applies=lambda description: True):
     """A test of `prove(description, backend, case, draw)` for every operator and backend, on drawn float32 calls."""
 
-    names = sorted(name for name in OPERATORS if applies(description_of(name)))
-    pairs = [(name, b) for name in names for b in BACKENDS if b not in OPERATORS[name].unwritten]
-
-    @pytest.mark.parametrize(("name", "backend"), pairs)
+    @pytest.mark.parametrize(("name", "backend"), operators_and_backends(applies))
     def test(name, backend):
         @given(st.data())
         def example(data):
@@ -82,6 +89,19 @@ def test_one_tensor_is_wrong(description, backend, case, draw):
     change = draw(st.sampled_from(CHANGES))
     wrong = with_tensor(case, name, change(draw, description, case, tensors[name]))
     refused(description, wrong, backend, [*tensors, *case.options] if name in description.sizing else [name])
+
+
+@pytest.mark.parametrize(("name", "backend"), operators_and_backends())
+def test_another_shape_with_as_many_elements(name, backend):
+    """Of every tensor: a kernel would read it without a fault, and be wrong."""
+    description = description_of(name)
+    case = description.small(torch.float32, False)
+    tensors = case.inputs | case.states
+    for tensor, x in tensors.items():
+        words = [*tensors, *case.options] if tensor in description.sizing else [tensor]
+        shapes = _other_shapes(x, description.free if x is case.main else ())
+        for shape in (shape for shape in shapes if math.prod(shape) == x.numel()):
+            refused(description, with_tensor(case, tensor, x.reshape(shape)), backend, words)
 
 
 @functools.partial(on_every_operator_and_backend, applies=lambda description: description.counted)

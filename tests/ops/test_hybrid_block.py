@@ -79,6 +79,15 @@ def test_inference_with_float32_tensors(dtype):
     assert_exact(block, x, tensors, run(block, x, tensors))
 
 
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_inference_with_tensors_of_both_dtypes(name):
+    """Also within one normalisation, which plain torch refuses."""
+    block = BLOCKS["rows of no whole vector"]
+    x, tensors = make_block(block, torch.bfloat16)
+    tensors = [t.float() if i % 2 else t for i, t in enumerate(tensors)]
+    assert_exact(block, x, tensors, run(block, x, tensors, name))
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("name", ["a1", "channels that fill no tile", "one image, more rows than threads"])
 def test_inference_on_any_number_of_threads(name, threads):
