@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cmath>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -31,13 +32,15 @@ class Arguments {
   Arguments(const Tensor& x, const Tensor& labels, double temperature, double soft_temperature, int64_t start,
             int64_t stop) {
     const std::optional<DType> dtype = dtype_of(x.scalar_type());
-    STD_TORCH_CHECK(x.dim() == 3 && x.is_cpu() && x.size(0) > 0,
+    STD_TORCH_CHECK(x.dim() == 3 && x.is_cpu() && x.size(0) > 0 && x.size(2) > 0,
                     "peer_contrast: embeddings must be a CPU tensor of shape (peers, batch, features)");
     STD_TORCH_CHECK(dtype.has_value(), "peer_contrast: embeddings must be float32, float64, bfloat16 or float16");
     STD_TORCH_CHECK(
         labels.is_cpu() && labels.dim() == 1 && labels.size(0) == x.size(1) && labels.scalar_type() == ScalarType::Long,
         "peer_contrast: labels must be an int64 CPU tensor of shape (batch)");
-    STD_TORCH_CHECK(temperature > 0 && soft_temperature > 0, "peer_contrast: temperatures must be more than 0");
+    STD_TORCH_CHECK(
+        std::isfinite(temperature) && temperature > 0 && std::isfinite(soft_temperature) && soft_temperature > 0,
+        "peer_contrast: temperatures must be more than 0");
     STD_TORCH_CHECK(0 <= start && start <= stop && stop <= x.size(1), "peer_contrast: rows are not in the batch");
     STD_TORCH_CHECK(x.size(1) < (int64_t{1} << 31), "peer_contrast: too many images");
     embeddings_ = x.is_contiguous() ? x : torch::stable::contiguous(x);

@@ -21,13 +21,14 @@ on the number of threads. There are no kernels for GPUs yet: there, plain torch 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
 
-from pyext import _backend, _library  # noqa: F401  (_library loads the operators)
+from pyext import _backend, _library
 
 _OPS = torch.ops.pyext
 
@@ -194,11 +195,27 @@ def peer_contrast(
     v = stacked(embeddings)
     name = OPERATOR.choose(backend, v)
     start, stop = (0, v.shape[1] if v.dim() == 3 else 0) if rows is None else rows
-    validate(v, labels, temperature, soft_temperature, start, stop)
+    numbers = (temperature, soft_temperature, start, stop)
     if name == "reference":
+        validate(v, labels, *numbers)
         return reference(v, labels, temperature, soft_temperature, (start, stop))
-    terms = _OPS.peer_contrast(v, labels, temperature, soft_temperature, start, stop)[0]
-    return PeerContrastTerms(*terms.unbind())
+    try:
+        return PeerContrastTerms(*_run(v, labels, *numbers))
+    except RuntimeError:
+        # The kernels check what memory safety needs; the sentence that names the argument is made here.
+        validate(v, labels, *numbers)
+        raise
+
+
+def _run(embeddings: Tensor, labels: Tensor, *numbers: float) -> tuple[Tensor, ...]:
+    """Call the operator; `numbers` are its other arguments."""
+    forward, backward = _OPS.peer_contrast.default, _OPS.peer_contrast_backward.default
+    if _library.is_traced():
+        return forward(embeddings, labels, *numbers)[0].unbind()
+    if embeddings.requires_grad and torch.is_grad_enabled():
+        return _Eager.apply(forward, backward, embeddings, labels, *numbers)
+    with _C._AutoDispatchBelowAutograd():
+        return forward(embeddings, labels, *numbers)[0].unbind()
 
 
 # --- registration of shapes and gradients -----------------------------------------------------------------------------
@@ -226,6 +243,31 @@ def _backward(ctx, grad_terms, _):
     if grad_terms is None:
         return (None,) * 6
     return _OPS.peer_contrast_backward(grad_terms, *ctx.saved_tensors, *ctx.numbers), *(None,) * 5
+
+
+class _Eager(torch.autograd.Function):
+    """The operator with its gradient outside of torch.compile: what `register_autograd` adds in Python takes as long as
+    the kernels do on a batch of 128 images."""
+
+    @staticmethod
+    def forward(ctx, forward, backward, embeddings, labels, *numbers):
+        ctx.op, ctx.numbers = backward, numbers
+        with _C._AutoDispatchBelowAutograd():
+            terms, normalisers = forward(embeddings, labels, *numbers)
+        ctx.save_for_backward(embeddings, labels, normalisers)
+        ctx.set_materialize_grads(False)
+        return terms.unbind()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        embeddings, labels, normalisers = ctx.saved_tensors
+        zero = normalisers.new_zeros(())
+        grad_terms = torch.stack([zero if grad is None else grad for grad in grads])
+        # With create_graph the dispatcher's own gradient of the backward pass is needed: it refuses in words.
+        below = contextlib.nullcontext() if torch.is_grad_enabled() else _C._AutoDispatchBelowAutograd()
+        with below:
+            grad = ctx.op(grad_terms, embeddings, labels, normalisers, *ctx.numbers)
+        return None, None, grad, *(None,) * 5
 
 
 def _second_derivative(ctx, *_):
