@@ -11,11 +11,18 @@ namespace pyext::cpu::PYEXT_CAPABILITY {
 namespace {
 
 inline Vec<double> load_doubles(const double* p) { return load<double>(p); }
+inline void add_doubles(double* p, Vec<double> v) { store<double>(p, load<double>(p) + v); }
+
+typedef float Floats __attribute__((vector_size(kVectorBytes / 2)));
+
 inline Vec<double> load_doubles(const float* p) {
-  typedef float Floats __attribute__((vector_size(kVectorBytes / 2)));
   Floats v;
   std::memcpy(&v, p, sizeof(v));
   return __builtin_convertvector(v, Vec<double>);
+}
+inline void add_doubles(float* p, Vec<double> v) {
+  const Floats sum = __builtin_convertvector(load_doubles(p) + v, Floats);
+  std::memcpy(p, &sum, sizeof(sum));
 }
 
 template <typename T>
@@ -120,9 +127,7 @@ class Positives {
       const Vec<double> all = pull(sum[s_.peers], total);
       for (int64_t peer = 0; peer < s_.peers; ++peer) {
         const Vec<double> own = pull(sum[peer], features(peer, image, f));
-        const Vec<double> change = within * own + between * (all - own);
-        T* to = gradient + call_.blocks.place(peer, image) + f;
-        for (int lane = 0; lane < kLanes<double>; ++lane) to[lane] += static_cast<T>(change[lane]);
+        add_doubles(gradient + call_.blocks.place(peer, image) + f, within * own + between * (all - own));
       }
     });
   }
