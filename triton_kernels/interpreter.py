@@ -1,7 +1,8 @@
 """Repair of Triton's interpreter (``TRITON_INTERPRET=1``), which runs kernels on CPU tensors for tests.
 
 The interpreter turns a kernel's loop bound into an int with ``int(array)``; its arrays hold one element but are not
-0-dimensional, and NumPy 2.4 refuses that.
+0-dimensional, and NumPy 2.4 refuses that. And it keeps bfloat16 as the bits of it, which its matrix product multiplies
+as if they were integers.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy
+import triton.language as tl
 from triton.runtime import interpreter
 
 
@@ -30,5 +32,16 @@ def _repair() -> None:
     interpreter._patch_lang_tensor = patch_tensor_and_index
 
 
+def _repair_products() -> None:
+    multiply = interpreter.InterpreterBuilder.create_dot
+
+    def multiply_numbers(builder: Any, a: Any, b: Any, *others: Any) -> Any:
+        wide = (builder.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return multiply(builder, *wide, *others)
+
+    interpreter.InterpreterBuilder.create_dot = multiply_numbers
+
+
 if _numpy_refuses():
     _repair()
+_repair_products()

@@ -67,7 +67,8 @@ __device__ void write_partial(const Plan& plan, const Lane& lane, const int64_t 
   }
 }
 
-// Block (x, y, z): largest similarities of tile x of rows in stretch y of columns, for group z. NaN is left to the sums.
+// Block (x, y, z): largest similarities of tile x of rows in stretch y of columns, for group z. NaN is left to the
+// sums.
 template <typename T, int P>
 __global__ void __launch_bounds__(kThreads)
     largest_kernel(const Plan plan, const T* panels, const Summary* summary, float* partial) {
@@ -77,7 +78,7 @@ __global__ void __launch_bounds__(kThreads)
   Operands<T, P> operands(plan, panels, static_cast<int>(blockIdx.z), 0, 0);
   const Rows<T, P> rows(operands, lane);
   float largest[P][P][kSlots][kLargest];
-  for (float& x : reinterpret_cast<float(&)[P * P * kSlots * kLargest]>(largest)) x = -INFINITY;
+  for (float& x : reinterpret_cast<float (&)[P * P * kSlots * kLargest]>(largest)) x = -INFINITY;
   for (int64_t tile = operands.first_tile; tile < operands.last_tile; ++tile) {
     Part x = {};
     operands.similarities(lane, tile, x);
@@ -95,7 +96,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
             for (int b = 0; b < P; ++b) {
               const float value = at(x, a * kSlots + u, b * kSlots + v, e);
-              float(&own)[kLargest] = largest[a][b][u];
+              float (&own)[kLargest] = largest[a][b][u];
               own[kOfAll] = fmaxf(own[kOfAll], value);
               if (other) own[kOfOthers] = fmaxf(own[kOfOthers], value);
             }
@@ -182,11 +183,12 @@ __global__ void __launch_bounds__(kThreads)
               if constexpr (!kShifted) {
                 exponents.unshifted(value, hard, soft);
               } else {
-                const float* shift = shifts + shift_of<P>(plan, static_cast<int>(blockIdx.z), rows.image[u]) + a * P + b;
+                const float* shift =
+                    shifts + shift_of<P>(plan, static_cast<int>(blockIdx.z), rows.image[u]) + a * P + b;
                 hard = exp2f((value - shift[0]) * exponents.hard);
                 soft = exp2f((value - shift[P * P]) * exponents.soft);
               }
-              float(&own)[kSums] = sums[a][b][u];
+              float (&own)[kSums] = sums[a][b][u];
               own[kHard] += other ? hard : 0.f;
               own[kSoft] += soft;
               own[kDifference] += soft * difference<P>(x, a, b, u, v, e);
@@ -298,8 +300,8 @@ struct ForwardWorkspace {
   ForwardWorkspace(void* base, const Plan& p, size_t element)
       : memory(base),
         prepared(memory, p, element),
-        partial(memory.take<float>(p.parts() * p.groups.count() * kSums * p.groups.size * p.groups.size *
-                                   p.padded_batch)),
+        partial(
+            memory.take<float>(p.parts() * p.groups.count() * kSums * p.groups.size * p.groups.size * p.padded_batch)),
         shifts(memory.take<float>(kLargest * p.grouped())),
         of_rows(memory.take<double>(2 * p.sizes.pairs() * row_blocks(p))) {}
 

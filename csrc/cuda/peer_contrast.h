@@ -14,7 +14,7 @@ namespace pyext::peer_contrast {
 struct Inputs {
   Sizes sizes;
   cuda::BankDtype dtype;
-  const void* embeddings;    // peers x batch x features, in dtype
+  const void* embeddings;     // peers x batch x features, in dtype
   int64_t peer, row, column;  // strides of embeddings, in elements
   const int64_t* labels;      // batch, contiguous
   double temperature, soft_temperature;
@@ -25,8 +25,8 @@ struct Inputs {
 size_t forward_workspace_bytes(const Inputs& inputs);
 
 // Writes kTerms terms, and normalisers (4 x peers x peers x batch): of the rows of x_ij / temperature the largest
-// similarity and the sum of exponentials above it, without the row's own image, and the same softened, with it. Where no
-// exponential can overflow the largest is written as 0; rows without terms have zeros.
+// similarity and the sum of exponentials above it, without the row's own image, and the same softened, with it. Where
+// no exponential can overflow the largest is written as 0; rows without terms have zeros.
 void forward(const Inputs& inputs, float* terms, float* normalisers, void* workspace, cudaStream_t stream);
 
 size_t backward_workspace_bytes(const Inputs& inputs);

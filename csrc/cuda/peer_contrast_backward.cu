@@ -1,6 +1,6 @@
 // peer_contrast on CUDA, backward: a block owns a tile of rows. It computes similarities anew, turns them into the
-// loss's gradients by them (for a row and, as x_ij[r, c] is x_ji[c, r], for a column at once), and multiplies these with
-// the columns. Nothing is added to memory by two blocks; what stretches of columns give is added in a fixed order.
+// loss's gradients by them (for a row and, as x_ij[r, c] is x_ji[c, r], for a column at once), and multiplies these
+// with the columns. Nothing is added to memory by two blocks; what stretches of columns give is added in a fixed order.
 #include "cuda/peer_contrast.h"
 
 #include "cuda/peer_contrast/prepare.h"
@@ -23,7 +23,7 @@ struct Weights {
 
 // What a gradient by a similarity is made of: the derivatives of a term, without the probability.
 struct Factors {
-  double hard, soft;   // times grad_terms, divided by the number of rows
+  double hard, soft;  // times grad_terms, divided by the number of rows
   int64_t batch;
   bool sixteen_bits;
 
@@ -43,8 +43,7 @@ struct Factors {
   // and `peers` for the divergence.
   __device__ double scale(const float* grad_terms, const Summary& summary, int64_t peers) const {
     if (!sixteen_bits) return 1;
-    const double hard_part =
-        max(fabs(of_term(grad_terms, summary, kVcl)), fabs(of_term(grad_terms, summary, kIcl)));
+    const double hard_part = max(fabs(of_term(grad_terms, summary, kVcl)), fabs(of_term(grad_terms, summary, kIcl)));
     const double soft_part =
         max(fabs(of_term(grad_terms, summary, kSoftVcl)), fabs(of_term(grad_terms, summary, kSoftIcl)));
     const double bound = 2 * (hard_part + static_cast<double>(peers) * soft_part);
@@ -125,9 +124,10 @@ class ToGradients {
   }
 
  private:
-  // All pairs of peers at one row and column.
+  // All pairs of peers at one row and column. What is no column may have any probability, infinity too.
   __device__ __forceinline__ void one(Part& x, int u, int v, int e, int64_t row, int64_t column) const {
-    const bool other = row != column, same = other && classes_[row] == classes_[column];
+    const int32_t column_class = classes_[column];
+    const bool valid = column_class >= 0, other = row != column, same = other && classes_[row] == column_class;
     const float *of_row = weights_ + row * kStride, *of_column = weights_ + column * kStride;
     float hard[P][P], soft[P][P], sum = 0;
 #pragma unroll
@@ -147,7 +147,7 @@ class ToGradients {
 #pragma unroll
       for (int b = 0; b < P; ++b) {
         const float divergence = a == b ? P * soft[a][a] - sum : soft[a][b] - soft[b][a];
-        at(x, a * kSlots + u, b * kSlots + v, e) = hard[a][b] + divergence;
+        at(x, a * kSlots + u, b * kSlots + v, e) = valid ? hard[a][b] + divergence : 0.f;
       }
     }
   }
@@ -214,8 +214,7 @@ __global__ void __launch_bounds__(kThreads)
   const int outputs = min(kOutputs, plan.chunks() - first);
   Operands<T, P> operands(plan, panels, group, first, outputs);
   T* gradients = operands.rest();
-  const ToGradients<T, P, kShifted> to_gradients(plan, exponents, weights, classes, lane, group,
-                                                    operands.row_image);
+  const ToGradients<T, P, kShifted> to_gradients(plan, exponents, weights, classes, lane, group, operands.row_image);
   Part sums[kOutputs] = {};
   for (int64_t tile = operands.first_tile; tile < operands.last_tile; ++tile) {
     Part x = {};
@@ -268,8 +267,8 @@ struct BackwardWorkspace {
       : memory(base),
         prepared(memory, p, element),
         weights(memory, p),
-        partial(memory.take<float>(p.groups.count() * p.stretches * p.groups.size * p.padded_batch *
-                                   p.padded_features)) {}
+        partial(
+            memory.take<float>(p.groups.count() * p.stretches * p.groups.size * p.padded_batch * p.padded_features)) {}
 };
 
 }  // namespace
@@ -292,8 +291,8 @@ void backward(const Inputs& in, const float* normalisers, const float* grad_term
                       to_grid(in.sizes.peers, kMaxGridY, "peers"));
   const size_t shared = shared_bytes(plan, element, true);
   prepare(in, plan, ready, stream);
-  launch("weight", weight_kernel, grouped_rows(plan), kThreads, 0, stream, plan, factors, ready.summary, ready.positives,
-         normalisers, grad_terms, to.weights);
+  launch("weight", weight_kernel, grouped_rows(plan), kThreads, 0, stream, plan, factors, ready.summary,
+         ready.positives, normalisers, grad_terms, to.weights);
   dispatch(in, plan, [&](auto zero, auto together) {
     using T = decltype(zero);
     constexpr int P = together;

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyext import _backend, _library  # noqa: F401  (_library loads the operators)
+from pyext import _backend, _library
 
 _OPS = torch.ops.pyext
 

@@ -33,9 +33,7 @@ def make_peer_inputs(
     rows: tuple[int, int] | None = None,
 ) -> PeerInputs:
     case = described.make_case(shape, dtype)
-    return PeerInputs(
-        case.main, case.options["labels"], temperature, soft_temperature, rows or (0, shape[1])
-    )
+    return PeerInputs(case.main, case.options["labels"], temperature, soft_temperature, rows or (0, shape[1]))
 
 
 def terms_and_gradient(call, embeddings: Tensor, *others) -> tuple[Tensor, Tensor]:

@@ -8,9 +8,8 @@ import pytest
 import torch
 from cuda_host.device import Device
 from cuda_host.library import Library
-from described import peer_contrast as described
 from exactness import assert_as_exact
-from memory_device import DTYPE_CODES, FULL_SHARED_MEMORY, pointer, set_up
+from memory_device import DTYPE_CODES, pointer, set_up
 from peer_inputs import WEIGHTS, PeerInputs, make_peer_inputs, plain_contrast
 from torch import Tensor
 
@@ -65,7 +64,9 @@ class Contrast:
         return terms
 
     def backward(self) -> Tensor:
-        gradient = self._device.empty("grad_embeddings", *self._case.embeddings.shape, dtype=self._case.embeddings.dtype)
+        gradient = self._device.empty(
+            "grad_embeddings", *self._case.embeddings.shape, dtype=self._case.embeddings.dtype
+        )
         grad_terms = self._device.copy("grad_terms", torch.tensor(WEIGHTS))
         self._run("backward", self.normalisers, grad_terms, gradient)
         return gradient

@@ -12,13 +12,13 @@ namespace pyext::peer_contrast {
 using namespace pyext::cuda;
 
 constexpr int kThreads = 256;
-constexpr int kPart = 32;          // rows and columns of a warp in a tile
-constexpr int kRowWarps = 4;       // a tile's warps, along its rows
-constexpr int kColumnWarps = 2;    // and along its columns
+constexpr int kPart = 32;        // rows and columns of a warp in a tile
+constexpr int kRowWarps = 4;     // a tile's warps, along its rows
+constexpr int kColumnWarps = 2;  // and along its columns
 constexpr int kRows = kPart * kRowWarps;
 constexpr int kColumns = kPart * kColumnWarps;
-constexpr int kDepth = 64;         // features of a chunk, which is what is fetched at once
-constexpr int kOutputs = 2;        // chunks of the gradient that one block adds up
+constexpr int kDepth = 64;   // features of a chunk, which is what is fetched at once
+constexpr int kOutputs = 2;  // chunks of the gradient that one block adds up
 constexpr int kMaxPeersTogether = 4;
 static_assert(kThreads == kWarp * kRowWarps * kColumnWarps);
 
@@ -48,7 +48,6 @@ struct Groups {
   // The first group with `peer`: there, what is the peer's alone counts.
   PYEXT_HOST_DEVICE int first_other(int peer) const { return peer == 0 && peers > 1 ? 1 : 0; }
   PYEXT_HOST_DEVICE int first(int peer) const { return of_pair(peer, first_other(peer)); }
-
 };
 
 // The peers of a group, by their place in it.
@@ -73,9 +72,7 @@ struct Tile {
   static constexpr int kColumnImages = kColumnWarps * kImagesOfPart;
 
   __device__ static int peer(int position) { return position % kPart / kImagesOfPart; }
-  __device__ static int image(int position) {
-    return position / kPart * kImagesOfPart + position % kImagesOfPart;
-  }
+  __device__ static int image(int position) { return position / kPart * kImagesOfPart + position % kImagesOfPart; }
 };
 
 template <typename T>
