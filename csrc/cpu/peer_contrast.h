@@ -7,13 +7,14 @@
 
 namespace pyext::cpu {
 
-// Contiguous, in the dtype of the embeddings, unless said otherwise.
+// Contiguous. Numbers without a dtype here are double for double embeddings, else float.
 struct PeerContrast {
   peer_contrast::Sizes sizes;
-  DType dtype;               // float or double
-  const void* embeddings;    // peers x batch x features
-  const int64_t* classes;    // batch: equal where labels are equal, not negative
-  const int64_t* positives;  // batch: other rows of the same class
+  DType dtype;             // of the embeddings and their gradient
+  const void* embeddings;  // peers x batch x features
+  const int64_t* images;   // batch: the images, class after class
+  const int64_t* begins;   // classes + 1: where in `images` a class begins
+  int64_t classes;
   double temperature, soft_temperature;
   void* terms;             // peer_contrast::kTerms; forward
   void* normalisers;       // 4 x peers x peers x batch: largest similarity and sum of a row, without itself, softened

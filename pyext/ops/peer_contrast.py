@@ -22,12 +22,13 @@ once in the backward pass, after a pass for the largest of them where an exponen
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
 
 from pyext import _backend, _library
 
@@ -210,12 +211,28 @@ def peer_contrast(
     v = stacked(embeddings)
     name = OPERATOR.choose(backend, v)
     start, stop = (0, v.shape[1] if v.dim() == 3 else 0) if rows is None else rows
-    validate(v, labels, temperature, soft_temperature, start, stop)
+    numbers = (temperature, soft_temperature, start, stop)
     if name == "reference":
+        validate(v, labels, *numbers)
         return reference(v, labels, temperature, soft_temperature, (start, stop))
-    op = _OPS.peer_contrast_triton if name == "triton" else _OPS.peer_contrast
-    terms = op(v, labels, temperature, soft_temperature, start, stop)[0]
-    return PeerContrastTerms(*terms.unbind())
+    try:
+        return PeerContrastTerms(*_run("_triton" if name == "triton" else "", v, labels, *numbers))
+    except RuntimeError:
+        # The kernels check what memory safety needs; the sentence that names the argument is made here.
+        validate(v, labels, *numbers)
+        raise
+
+
+def _run(variant: str, embeddings: Tensor, labels: Tensor, *numbers: float) -> tuple[Tensor, ...]:
+    """Call a variant of the operator; `numbers` are its other arguments."""
+    names = (f"peer_contrast{variant}", f"peer_contrast_backward{variant}")
+    forward, backward = (getattr(_OPS, name).default for name in names)
+    if _library.is_traced():
+        return forward(embeddings, labels, *numbers)[0].unbind()
+    if embeddings.requires_grad and torch.is_grad_enabled():
+        return _Eager.apply(forward, backward, embeddings, labels, *numbers)
+    with _C._AutoDispatchBelowAutograd():
+        return forward(embeddings, labels, *numbers)[0].unbind()
 
 
 # --- registration of shapes and gradients -----------------------------------------------------------------------------
@@ -243,6 +260,31 @@ def _backward(op, ctx, grad_terms, _):
     if grad_terms is None:
         return (None,) * 6
     return op(grad_terms, *ctx.saved_tensors, *ctx.numbers), *(None,) * 5
+
+
+class _Eager(torch.autograd.Function):
+    """The operator with its gradient outside of torch.compile: what `register_autograd` adds in Python takes as long as
+    the kernels do on a batch of 128 images."""
+
+    @staticmethod
+    def forward(ctx, forward, backward, embeddings, labels, *numbers):
+        ctx.op, ctx.numbers = backward, numbers
+        with _C._AutoDispatchBelowAutograd():
+            terms, normalisers = forward(embeddings, labels, *numbers)
+        ctx.save_for_backward(embeddings, labels, normalisers)
+        ctx.set_materialize_grads(False)
+        return terms.unbind()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        embeddings, labels, normalisers = ctx.saved_tensors
+        zero = normalisers.new_zeros(())
+        grad_terms = torch.stack([zero if grad is None else grad for grad in grads])
+        # With create_graph the dispatcher's own gradient of the backward pass is needed: it refuses in words.
+        below = contextlib.nullcontext() if torch.is_grad_enabled() else _C._AutoDispatchBelowAutograd()
+        with below:
+            grad = ctx.op(grad_terms, embeddings, labels, normalisers, *ctx.numbers)
+        return None, None, grad, *(None,) * 5
 
 
 def _second_derivative(ctx, *_):

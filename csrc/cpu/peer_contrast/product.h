@@ -5,7 +5,7 @@
 
 namespace {
 
-// Rows of a register tile: eight accumulators or more hide the latency of a multiply-add.
+// A register tile: its accumulators hide the latency of a multiply-add, and leave registers for what they are fed with.
 constexpr int kTileRows = 4;
 constexpr int kTileVectors = kVectorBytes == 64 ? 4 : 2;
 
@@ -16,9 +16,12 @@ struct Left {
   int64_t row_stride, depth_stride;
 };
 
+// What a product does with the elements that are there.
+enum class Result { kReplaced, kAdded };
+
 template <typename T, int Vectors>
 inline void product_tile(Left<T> left, const T* right, int64_t right_pitch, T* out, int64_t out_pitch, int64_t depth,
-                         bool add) {
+                         Result result) {
   Vec<T> sum[kTileRows][Vectors] = {};
   for (int64_t k = 0; k < depth; ++k) {
     Vec<T> columns[Vectors];
@@ -26,7 +29,7 @@ inline void product_tile(Left<T> left, const T* right, int64_t right_pitch, T* o
     for (int v = 0; v < Vectors; ++v) columns[v] = load_once<T>(right + k * right_pitch + v * kLanes<T>);
 #pragma GCC unroll 4
     for (int r = 0; r < kTileRows; ++r) {
-      const Vec<T> x = splat<T>(left.data[r * left.row_stride + k * left.depth_stride]);
+      const Vec<T> x = in_register<T>(splat<T>(left.data[r * left.row_stride + k * left.depth_stride]));
 #pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) sum[r][v] += x * columns[v];
     }
@@ -36,27 +39,26 @@ inline void product_tile(Left<T> left, const T* right, int64_t right_pitch, T* o
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) {
       T* to = out + r * out_pitch + v * kLanes<T>;
-      store<T>(to, add ? load<T>(to) + sum[r][v] : sum[r][v]);
+      store<T>(to, result == Result::kAdded ? load<T>(to) + sum[r][v] : sum[r][v]);
     }
   }
 }
 
 // out (rows x columns) = or += left (rows x depth) * right (depth x columns); rows in whole tiles, columns in whole
 // vectors.
-template <typename T>
+template <typename T, int Vectors = kTileVectors>
 void product(Left<T> left, const T* right, int64_t right_pitch, T* out, int64_t out_pitch, int64_t rows,
-             int64_t columns, int64_t depth, bool add) {
+             int64_t columns, int64_t depth, Result result) {
   int64_t c = 0;
-  for (; c + kTileVectors * kLanes<T> <= columns; c += kTileVectors * kLanes<T>) {
+  for (; c + Vectors * kLanes<T> <= columns; c += Vectors * kLanes<T>) {
     for (int64_t r = 0; r < rows; r += kTileRows) {
-      product_tile<T, kTileVectors>({left.data + r * left.row_stride, left.row_stride, left.depth_stride}, right + c,
-                                    right_pitch, out + r * out_pitch + c, out_pitch, depth, add);
+      product_tile<T, Vectors>({left.data + r * left.row_stride, left.row_stride, left.depth_stride}, right + c,
+                               right_pitch, out + r * out_pitch + c, out_pitch, depth, result);
     }
   }
-  for (; c < columns; c += kLanes<T>) {
-    for (int64_t r = 0; r < rows; r += kTileRows) {
-      product_tile<T, 1>({left.data + r * left.row_stride, left.row_stride, left.depth_stride}, right + c, right_pitch,
-                         out + r * out_pitch + c, out_pitch, depth, add);
+  if constexpr (Vectors > 1) {
+    if (c < columns) {
+      product<T, Vectors - 1>(left, right + c, right_pitch, out + c, out_pitch, rows, columns - c, depth, result);
     }
   }
 }
