@@ -18,6 +18,7 @@ from pyext.ops.hybrid_block import Extents, extents_of
 from pyext.ops.hybrid_block import reference as block_reference
 from pyext.ops.memory_contrast import reference as contrast_reference
 from pyext.ops.memory_update import reference as update_reference
+from pyext.ops.peer_contrast import reference as peer_reference
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,28 @@ _USUAL_BANKS = (
     (_banks(2, 2, 64, 200, 255), torch.float16, "wider rows"),
 )
 
+
+def _draw_peers(shape: Shape, dtype: torch.dtype, parameter_dtype: torch.dtype, layout: str, seed: int) -> Call:
+    """Embeddings (peers, images, features) of norm `scale`, and the images' classes."""
+    described = from_tests("ops/described/peer_contrast.py")
+    images, peers, features = shape.input
+    case = described.make_case((peers, images, features), dtype, shape.others["classes"], seed=seed)
+    embeddings = from_tests("ops/layouts.py").STACKS[layout](case.main * shape.others["scale"])
+    return Call({"embeddings": embeddings}, {}, {"labels": case.options["labels"]})
+
+
+def _run_peer_contrast(call: Call, training: bool, **options: object) -> Tensor:
+    return torch.stack(ops.peer_contrast(call.leaves["embeddings"], call.indices["labels"], **options))
+
+
+def _reference_peer_contrast(call: Call, training: bool) -> Tensor:
+    return torch.stack(peer_reference(call.leaves["embeddings"], call.indices["labels"]))
+
+
+def _peers(images: int, peers: int, features: int, classes: int = 3, scale: int = 1) -> Shape:
+    return Shape((images, peers, features), {"classes": classes, "scale": scale})
+
+
 SAMPLES = {
     "gated_excitation": Samples(
         _draw_gated_excitation,
@@ -236,6 +259,28 @@ SAMPLES = {
         usual=_USUAL_BANKS,
         layouts=("rows", "wider rows"),
         differentiable=False,
+        takes_out=False,
+        independent_images=False,
+    ),
+    "peer_contrast": Samples(
+        _draw_peers,
+        _run_peer_contrast,
+        _reference_peer_contrast,
+        odd={
+            "odd": _peers(19, 2, 7),
+            "one of everything": _peers(1, 1, 1),
+            "several tiles": _peers(150, 2, 200),
+            "exponentials that need a shift": _peers(70, 2, 33, scale=3),
+            "one peer": _peers(140, 1, 20, classes=9),
+            "four peers": _peers(75, 4, 130, classes=40),
+            "three peers": _peers(33, 3, 20),
+        },
+        usual=(
+            (_peers(64, 2, 128, classes=20), torch.float32, "dense"),
+            (_peers(64, 4, 128, classes=20), torch.bfloat16, "dense"),
+            (_peers(64, 1, 128, classes=20), torch.float16, "stack transposed"),
+        ),
+        layouts=("dense", "stack transposed"),
         takes_out=False,
         independent_images=False,
     ),

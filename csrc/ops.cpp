@@ -47,5 +47,7 @@ STABLE_TORCH_LIBRARY(pyext, m) {
   m.def("memory_update" MEMORY_UPDATE);
   m.def("memory_update_triton" MEMORY_UPDATE);
   m.def("peer_contrast" PEER_CONTRAST);
+  m.def("peer_contrast_triton" PEER_CONTRAST);
   m.def("peer_contrast_backward" PEER_CONTRAST_BACKWARD);
+  m.def("peer_contrast_backward_triton" PEER_CONTRAST_BACKWARD);
 }

@@ -16,12 +16,14 @@ is one sum per row, sum_c p_t (M y_t - sum_s y_s) with y = x / soft_temperature.
 
 The CPU kernel visits tiles of all M x M similarities once per pass, for rows and columns together (x_ij[b, c] is
 x_ji[c, b]), and keeps nothing of size B x B: only 4 M^2 B numbers for the backward pass. Its results do not depend
-on the number of threads. There are no kernels for GPUs yet: there, plain torch runs.
+on the number of threads. On GPUs a block owns rows: it visits tiles of their similarities once in the forward pass and
+once in the backward pass, after a pass for the largest of them where an exponential could overflow.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -124,6 +126,21 @@ def _no_cpu(embeddings: Tensor, *_: object) -> str | None:
     return None if device.type == "cpu" else f"embeddings is on {device}, this backend runs on the CPU"
 
 
+def _no_cuda(embeddings: Tensor, *_: object) -> str | None:
+    if embeddings.device.type != "cuda":
+        return f"embeddings is on {embeddings.device}, this backend runs on CUDA devices"
+    if embeddings.dtype == torch.float64:
+        return "float64 runs on the CPU and in the reference only"
+    return _library.cuda_error
+
+
+def _no_triton(embeddings: Tensor, *_: object) -> str | None:
+    if embeddings.dtype == torch.float64:
+        return "float64 runs on the CPU and in the reference only"
+    error = _library.triton_error(embeddings.device)
+    return None if error is None else f"embeddings is on {embeddings.device}: {error}"
+
+
 def _no_reference(*_: object) -> str | None:
     return None
 
@@ -131,8 +148,7 @@ def _no_reference(*_: object) -> str | None:
 OPERATOR = _backend.register(
     _backend.Operator(
         "peer_contrast",
-        {"cpu": _no_cpu, "reference": _no_reference},
-        unwritten=("cuda", "triton"),
+        {"cpu": _no_cpu, "cuda": _no_cuda, "triton": _no_triton, "reference": _no_reference},
     )
 )
 
@@ -200,16 +216,17 @@ def peer_contrast(
         validate(v, labels, *numbers)
         return reference(v, labels, temperature, soft_temperature, (start, stop))
     try:
-        return PeerContrastTerms(*_run(v, labels, *numbers))
+        return PeerContrastTerms(*_run("_triton" if name == "triton" else "", v, labels, *numbers))
     except RuntimeError:
         # The kernels check what memory safety needs; the sentence that names the argument is made here.
         validate(v, labels, *numbers)
         raise
 
 
-def _run(embeddings: Tensor, labels: Tensor, *numbers: float) -> tuple[Tensor, ...]:
-    """Call the operator; `numbers` are its other arguments."""
-    forward, backward = _OPS.peer_contrast.default, _OPS.peer_contrast_backward.default
+def _run(variant: str, embeddings: Tensor, labels: Tensor, *numbers: float) -> tuple[Tensor, ...]:
+    """Call a variant of the operator; `numbers` are its other arguments."""
+    names = (f"peer_contrast{variant}", f"peer_contrast_backward{variant}")
+    forward, backward = (getattr(_OPS, name).default for name in names)
     if _library.is_traced():
         return forward(embeddings, labels, *numbers)[0].unbind()
     if embeddings.requires_grad and torch.is_grad_enabled():
@@ -239,10 +256,10 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_terms, _):
+def _backward(op, ctx, grad_terms, _):
     if grad_terms is None:
         return (None,) * 6
-    return _OPS.peer_contrast_backward(grad_terms, *ctx.saved_tensors, *ctx.numbers), *(None,) * 5
+    return op(grad_terms, *ctx.saved_tensors, *ctx.numbers), *(None,) * 5
 
 
 class _Eager(torch.autograd.Function):
@@ -277,7 +294,28 @@ def _second_derivative(ctx, *_):
     )
 
 
-torch.library.register_fake("pyext::peer_contrast")(_fake_forward)
-torch.library.register_fake("pyext::peer_contrast_backward")(_fake_backward)
-torch.library.register_autograd("pyext::peer_contrast", _backward, setup_context=_setup_context)
-torch.library.register_autograd("pyext::peer_contrast_backward", _second_derivative)
+def _triton_kernels():
+    from pyext.triton_kernels import peer_contrast as kernels
+
+    return kernels
+
+
+def _triton_forward(embeddings, labels, temperature, soft_temperature, start, stop):
+    validate(embeddings, labels, temperature, soft_temperature, start, stop)  # kernels read what shapes promise
+    return _triton_kernels().forward(embeddings, labels, temperature, soft_temperature, start, stop)
+
+
+def _triton_backward(*args):
+    return _triton_kernels().backward(*args)
+
+
+for _variant in ("", "_triton"):
+    _name, _backward_name = f"pyext::peer_contrast{_variant}", f"pyext::peer_contrast_backward{_variant}"
+    torch.library.register_fake(_name)(_fake_forward)
+    torch.library.register_fake(_backward_name)(_fake_backward)
+    _gradient = functools.partial(_backward, getattr(_OPS, f"peer_contrast_backward{_variant}"))
+    torch.library.register_autograd(_name, _gradient, setup_context=_setup_context)
+    torch.library.register_autograd(_backward_name, _second_derivative)
+for _device in ("CPU", "CUDA"):
+    torch.library.impl("pyext::peer_contrast_triton", _device)(_triton_forward)
+    torch.library.impl("pyext::peer_contrast_backward_triton", _device)(_triton_backward)

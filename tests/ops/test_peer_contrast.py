@@ -201,7 +201,9 @@ def test_wrong_input_is_named(spoil, options, error, message, backend):
 
 
 def test_backend_that_cannot_run_says_why():
-    case = described.make_case((2, 6, 3), torch.float32)
-    with pytest.raises(pyext.BackendError, match="no triton kernel yet"):
+    case = described.make_case((2, 6, 3), torch.float64)
+    with pytest.raises(pyext.BackendError, match="backend 'cuda' cannot run: embeddings is on cpu"):
+        peer_contrast(case.main, case.options["labels"], backend="cuda")
+    with pytest.raises(pyext.BackendError, match="float64 runs on the CPU"):
         peer_contrast(case.main, case.options["labels"], backend="triton")
     assert "peer_contrast: backend 'cpu' (auto)" in pyext.explain(peer_contrast, case.main)
