@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyext.distill.peers import PeerOutputs, Peers
+from pyext.distill.peers import Peers
 from pyext.nn import MemoryContrast
 
 
@@ -23,8 +21,10 @@ class Distillation(nn.Module):
             none.
         contrast: over the peers' pooled features; None: none.
         contrast_weight: weight of the contrast.
-        gather: what the distillation and the contrast see of the peers' outputs: a function that adds those of peers on
-            other processes. Cross-entropy is of the own peers alone. None: the own outputs.
+
+    Where the peers are spread over processes (`Peers.spread`), every process holds distillation and contrast whole and
+    computes the one loss of all peers: they give the same images, in the same order, and the same negatives. Its
+    gradient is complete on every process.
 
     `selected` is a buffer: the peer to deploy, the last one at first.
 
@@ -39,20 +39,18 @@ class Distillation(nn.Module):
         distillation: nn.Module | None = None,
         contrast: MemoryContrast | None = None,
         contrast_weight: float = 0.025,
-        gather: Callable[[PeerOutputs], PeerOutputs] | None = None,
     ) -> None:
         super().__init__()
         self.peers, self.distillation, self.contrast = peers, distillation, contrast
-        self.contrast_weight, self.gather = contrast_weight, gather
+        self.contrast_weight = contrast_weight
         self.register_buffer("selected", torch.tensor(len(peers) - 1))
 
     def extra_repr(self) -> str:
         return f"contrast_weight={self.contrast_weight}"
 
     def forward(self, images: Tensor, labels: Tensor, index: Tensor) -> Tensor:
-        own = self.peers(images)
-        loss = torch.stack([F.cross_entropy(logits, labels) for logits in own.logits]).sum()
-        outputs = own if self.gather is None else self.gather(own)
+        outputs = self.peers(images)
+        loss = torch.stack([F.cross_entropy(logits, labels) for logits in outputs.logits]).sum()
         if self.distillation is not None:
             loss = loss + self.distillation(outputs.logits)
         if self.contrast is not None:

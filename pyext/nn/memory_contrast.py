@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyext.nn.exchange import agree, gather
+from pyext.nn.exchange import gather, together
 from pyext.ops.memory_contrast import memory_contrast
 from pyext.ops.memory_update import memory_update
 from pyext.ops.sample_negatives import ClassTable, class_table, draw_negatives
@@ -190,12 +190,13 @@ class MemoryContrast(nn.Module):
         if self._group is None:
             return self._own(features, index, negatives)
         # Whatever is wrong on one process, the others are told before they wait for it.
-        try:
-            embeddings, indices = self._own(features, index, negatives)
-        except Exception as error:
-            agree(self._group, error, dict.fromkeys(_FACTS, 0), self.contrast.banks()[0].device)
-            raise
-        agree(self._group, None, dict(zip(_FACTS, indices.shape, strict=True)), embeddings.device)
+        embeddings, indices = together(
+            self._group,
+            self.contrast.banks()[0].device,
+            lambda: self._own(features, index, negatives),
+            _FACTS,
+            lambda own: own[1].shape,
+        )
         if not self._replicated:
             for bank in self.contrast.banks():
                 dist.broadcast(bank, group=self._group, group_src=0)

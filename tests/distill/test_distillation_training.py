@@ -14,7 +14,7 @@ from training_helpers import KILLED, assert_same_run, losses, python, with_torch
 
 from pyext import _backend, cli, models
 from pyext.checkpoint import load_checkpoint
-from pyext.distill import Distillation, PeerOutputs, peers
+from pyext.distill import Distillation, peers
 from pyext.distill.recipe import DistillationRecipe
 from pyext.nn import EnsembleDistillation, MemoryContrast
 from pyext.train.data import load_data, with_validation
@@ -120,19 +120,6 @@ def test_loss_is_the_papers_sum():
     contrast._pending = None
     expected = sum(F.cross_entropy(x, labels) for x in outputs.logits) + divergence
     expected = expected + 0.025 * contrast(outputs.features, index)
-    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
-
-
-def test_gather_adds_peers_to_the_distillation_and_not_to_the_cross_entropy():
-    group, (images, labels, index) = linear_peers(), batch()
-    other = torch.randn(5, 3, dtype=torch.float64)
-    loss = Distillation(
-        group,
-        EnsembleDistillation(student=0),
-        gather=lambda own: PeerOutputs([*own.logits, other], own.features),
-    )(images, labels, index)
-    logits = group(images).logits
-    expected = sum(F.cross_entropy(x, labels) for x in logits) + EnsembleDistillation(student=0)([*logits, other])
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
 
 
