@@ -107,7 +107,7 @@ class Peers(nn.Module):
         share = len(self) // processes
         self._group, self.own = group, range(rank * share, (rank + 1) * share)
         for i in set(range(len(self))) - set(self.own):
-            self.networks._modules[str(i)] = None
+            self.networks.register_module(str(i), None)
 
     def forward(self, x: Tensor) -> PeerOutputs:
         """(B, ...) images to the logits and features of every peer.

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pyext.distill.distillation import Distillation
 from pyext.distill.peers import peers
+from pyext.distill.spread import SpreadPeers
 from pyext.models import Backbone
 from pyext.nn import EnsembleDistillation, MemoryContrast, MutualDistillation
 from pyext.nn.memory_contrast import banks_in
@@ -22,6 +23,7 @@ from pyext.train.data import Batch, ImageData, Preprocessing, with_validation
 from pyext.train.errors import UserError
 from pyext.train.evaluation import Scores, count
 from pyext.train.networks import build
+from pyext.train.placement import DataParallel
 
 METHODS = ("mcl-okd", "kd", "dml", "independent")
 CONTRASTS = ("bank", "none")
@@ -40,7 +42,8 @@ class DistillationRecipe(BaseRecipe):
     (the network's first stage, or nothing for the latter two), ``"none"`` nothing. `contrast` None: ``"bank"`` for
     mcl-okd, and the others have none. `num_negatives` None: see `LARGE`. `validation` is the share of each class's
     training images by which the deployed peer is selected: they are not trained on, and the held-out images play no
-    part in the selection.
+    part in the selection. `spread_peers`: under torchrun each process holds some of the peers and takes whole batches,
+    where else it holds all and takes a share of each batch.
     """
 
     epochs: int = 300
@@ -58,6 +61,7 @@ class DistillationRecipe(BaseRecipe):
     num_negatives: int | None = None
     embedding_dim: int = 128
     validation: float = 0.1
+    spread_peers: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -72,6 +76,21 @@ class DistillationRecipe(BaseRecipe):
             )
         if not 0 < self.validation < 1:
             raise UserError(f"--validation {self.validation} is not a share between 0 and 1.", usage=True)
+
+    def decisive(self) -> dict[str, Any]:
+        """Where the peers are does not matter: a checkpoint holds all of them."""
+        return {name: value for name, value in super().decisive().items() if name != "spread_peers"}
+
+    def placement(self, fabric: Any) -> DataParallel:
+        """Each process's peers, or its share of each batch."""
+        if not self.spread_peers:
+            return super().placement(fabric)
+        if self.num_peers % fabric.world_size:
+            raise UserError(
+                f"--spread-peers: {self.num_peers} peers cannot be spread equally over {fabric.world_size} processes.",
+                usage=True,
+            )
+        return SpreadPeers(fabric)
 
     def learning_rate_at(self, epoch: int) -> float:
         """Half a cosine from `learning_rate` towards 0 over all epochs."""
@@ -107,7 +126,8 @@ class DistillationRecipe(BaseRecipe):
         return MutualDistillation() if self.method == "dml" else EnsembleDistillation(self.temperature)
 
     def _contrast(self, num_features: int, data: ImageData) -> MemoryContrast:
-        processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        shares = torch.distributed.is_initialized() and not self.spread_peers
+        processes = torch.distributed.get_world_size() if shares else 1
         if self.batch_size % processes:
             raise UserError(
                 f"--batch-size {self.batch_size} cannot be shared equally by {processes} processes, as contrast over "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -268,6 +269,12 @@ def test_banks_need_equal_shares_of_the_batch(monkeypatch):
     with pytest.raises(UserError, match="batch-size 63 cannot be shared equally by 2"):
         DistillationRecipe(batch_size=63).network("tiny", data)
     assert DistillationRecipe(contrast="none").network("tiny", data).contrast is None
+
+
+def test_peers_that_cannot_be_spread_equally_are_refused():
+    recipe = DistillationRecipe(num_peers=3, spread_peers=True)
+    with pytest.raises(UserError, match="--spread-peers: 3 peers cannot be spread equally over 2 processes"):
+        recipe.placement(SimpleNamespace(global_rank=0, world_size=2))
 
 
 def test_options_of_mcl_okd_are_refused_by_hcgnet(capsys):
