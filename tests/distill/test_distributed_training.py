@@ -90,6 +90,5 @@ def test_spread_peers_resume_exactly_and_leave_the_checkpoint_of_one_process(tmp
     # And one process goes on with it, here to nothing but the last evaluation.
     assert cli.main([*RUN, "--output", str(whole), "--resume"]) == 0
     again = json.loads((whole / "summary.json").read_text())
-    assert [again[name] for name in ("peers_top1", "ensemble_top1")] == pytest.approx(
-        [summary[name] for name in ("peers_top1", "ensemble_top1")], abs=1e-6
-    )
+    assert again["peers_top1"] == pytest.approx(summary["peers_top1"], abs=1e-6)
+    assert again["ensemble_top1"] == pytest.approx(summary["ensemble_top1"], abs=1e-6)
