@@ -20,6 +20,12 @@
   "(Tensor grad_loss, Tensor embeddings, Tensor[] banks, Tensor rows, Tensor weights, float temperature)" \
   " -> Tensor grad_embeddings"
 #define MEMORY_UPDATE "(Tensor(a!)[] banks, Tensor embeddings, Tensor index, float momentum) -> ()"
+#define PEER_CONTRAST                                                                                     \
+  "(Tensor embeddings, Tensor labels, float temperature, float soft_temperature, int start, int stop) ->" \
+  " (Tensor terms, Tensor normalisers)"
+#define PEER_CONTRAST_BACKWARD                                                                               \
+  "(Tensor grad_terms, Tensor embeddings, Tensor labels, Tensor normalisers, float temperature, float soft_" \
+  "temperature, int start, int stop) -> Tensor grad_embeddings"
 
 STABLE_TORCH_LIBRARY(pyext, m) {
   m.def("gated_excitation(" GATED_EXCITATION_INPUTS ", bool save) -> (Tensor out, " GATED_EXCITATION_SAVED ")");
@@ -37,4 +43,6 @@ STABLE_TORCH_LIBRARY(pyext, m) {
   m.def("memory_contrast_backward_triton" MEMORY_CONTRAST_BACKWARD);
   m.def("memory_update" MEMORY_UPDATE);
   m.def("memory_update_triton" MEMORY_UPDATE);
+  m.def("peer_contrast" PEER_CONTRAST);
+  m.def("peer_contrast_backward" PEER_CONTRAST_BACKWARD);
 }

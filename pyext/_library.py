@@ -65,3 +65,12 @@ def triton_error(device: torch.device) -> str | None:
     if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         return None
     return f"Triton needs a CUDA device, not {device} (or, to test it, TRITON_INTERPRET=1)"
+
+
+def is_traced() -> bool:
+    """Whether something other than plain eager execution looks at the operators that run."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )

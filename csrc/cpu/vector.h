@@ -200,15 +200,17 @@ inline T max_lanes(Vec<T> v) {
   return reduce_lanes<T>(v, [](Vec<T> a, Vec<T> b) { return maximum<T>(a, b); });
 }
 
-// exp of float lanes: range reduction by ln 2 in two parts and a degree-6 polynomial (relative error below 2 ulp).
-// Arguments below -87.3 give 0 within 1e-38, above 88.7 infinity; NaN stays NaN.
-inline Vec<float> exp(Vec<float> x) {
-  const Vec<float> low = splat<float>(-87.33654f), high = splat<float>(88.72283f);
-  const Vec<float> clamped = x < low ? low : (x > high ? high : x);
+// exp(x) = 2^n * polynomial(r): range reduction by ln 2 in two parts and degree 6, relative error below 2 ulp.
+struct Exponential {
+  Vec<float> polynomial;
+  IndexVec<float> n;  // with more bits above the lower nine
+};
+
+inline Exponential reduced_exponential(Vec<float> x) {
   const Vec<float> magic = splat<float>(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
-  const Vec<float> shifted = clamped * 1.44269504f + magic;
+  const Vec<float> shifted = x * 1.44269504f + magic;
   const Vec<float> n = shifted - magic;
-  const Vec<float> r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  const Vec<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   Vec<float> p = splat<float>(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -216,24 +218,35 @@ inline Vec<float> exp(Vec<float> x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
+  return {p, (IndexVec<float>)shifted};
+}
+
+// exp of float lanes. Arguments below -87.3 give 0 within 1e-38, above 88.7 infinity; NaN stays NaN.
+inline Vec<float> exp(Vec<float> x) {
+  const Vec<float> low = splat<float>(-87.33654f), high = splat<float>(88.72283f);
+  const Vec<float> clamped = x < low ? low : (x > high ? high : x);
+  const Exponential e = reduced_exponential(clamped);
   // n reaches 128 just below the overflow threshold, so the power is applied in two factors.
-  IndexVec<float> k;
-  std::memcpy(&k, &shifted, sizeof(k));
-  k = k - 0x4B400000;
+  const IndexVec<float> k = e.n - 0x4B400000;
   const IndexVec<float> half = k >> 1;
-  const IndexVec<float> bits_a = (half + 127) << 23, bits_b = (k - half + 127) << 23;
-  Vec<float> scale_a, scale_b;
-  std::memcpy(&scale_a, &bits_a, sizeof(scale_a));
-  std::memcpy(&scale_b, &bits_b, sizeof(scale_b));
-  const Vec<float> result = p * scale_a * scale_b;
+  const Vec<float> scale_a = (Vec<float>)((half + 127) << 23), scale_b = (Vec<float>)((k - half + 127) << 23);
+  const Vec<float> result = e.polynomial * scale_a * scale_b;
   const Vec<float> zero{}, infinity = splat<float>(INFINITY);
   return x < low ? zero : (x > high ? infinity : (x == x ? result : x));
+}
+
+// exp of float lanes that are known to lie within -87 and 87.
+inline Vec<float> exp_within_range(Vec<float> x) {
+  const Exponential e = reduced_exponential(x);
+  return (Vec<float>)((IndexVec<float>)e.polynomial + (e.n << 23));
 }
 
 inline Vec<double> exp(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
   return x;
 }
+
+inline Vec<double> exp_within_range(Vec<double> x) { return exp(x); }
 
 template <typename T>
 inline Vec<T> sigmoid(Vec<T> x) {

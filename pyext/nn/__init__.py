@@ -4,6 +4,7 @@ from pyext.nn.distillation import EnsembleDistillation, MutualDistillation
 from pyext.nn.drop_block import DropBlock2d, drop_block_probability, set_drop_block_epoch
 from pyext.nn.hcgnet import SMG, GatedExcitation, HybridBlock, Transition
 from pyext.nn.memory_contrast import MemoryContrast
+from pyext.nn.peer_contrast import PeerContrast
 
 __all__ = [
     "SMG",
@@ -13,6 +14,7 @@ __all__ = [
     "HybridBlock",
     "MemoryContrast",
     "MutualDistillation",
+    "PeerContrast",
     "Transition",
     "drop_block_probability",
     "set_drop_block_epoch",

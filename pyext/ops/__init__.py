@@ -4,6 +4,15 @@ from pyext.ops.gated_excitation import gated_excitation
 from pyext.ops.hybrid_block import hybrid_block
 from pyext.ops.memory_contrast import memory_contrast
 from pyext.ops.memory_update import memory_update
+from pyext.ops.peer_contrast import PeerContrastTerms, peer_contrast
 from pyext.ops.sample_negatives import sample_negatives
 
-__all__ = ["gated_excitation", "hybrid_block", "memory_contrast", "memory_update", "sample_negatives"]
+__all__ = [
+    "PeerContrastTerms",
+    "gated_excitation",
+    "hybrid_block",
+    "memory_contrast",
+    "memory_update",
+    "peer_contrast",
+    "sample_negatives",
+]

@@ -296,7 +296,7 @@ def _run(
             return out, *into(u, parameters, running, training, eps, out=out)
         save = torch.is_grad_enabled() and (u.requires_grad or any(p.requires_grad for p in parameters))
         forward = _OPS.gated_excitation_triton.default if triton else _OPS.gated_excitation.default
-        if _is_traced():
+        if _library.is_traced():
             result, _, _, _, *batch = forward(u, parameters, running, training, eps, save)
         elif save:
             backward = _OPS.gated_excitation_backward_triton if triton else _OPS.gated_excitation_backward
@@ -412,11 +412,6 @@ def _flat_gradients(op, ctx, grad_out):
     running, saved = rest[: ctx.num_running], rest[ctx.num_running :]
     grad_u, flat = op(grad_out, u, parameters, running, *saved, ctx.training, ctx.eps)
     return grad_u, flat.to(parameters[0].dtype), parameters
-
-
-def _is_traced() -> bool:
-    """Whether something other than plain eager execution looks at the operators that run."""
-    return torch.compiler.is_compiling() or _C._are_functorch_transforms_active() or _C._len_torch_dispatch_stack() > 0
 
 
 class _Eager(torch.autograd.Function):

@@ -19,6 +19,7 @@ NUMERICS = {
     "test_gated_excitation.py": "inference or gradients or statistics",
     "test_memory_contrast.py": "loss_and_gradient or orders or run_or_threads",
     "test_memory_update.py": "rows_move",
+    "test_peer_contrast.py": "terms_and_gradient or threads",
 }
 
 
