@@ -141,8 +141,8 @@ def _add_distillation(recipe: Any) -> None:
         metavar="STAGE",
         help="last stage that peers share, or none (the network's first; none for dml and independent)",
     )
-    recipe.add_argument("--contrast", help="bank: over memory banks; none (bank)")
-    recipe.add_argument("--contrast-weight", type=_number(0), help="(0.025)")
+    recipe.add_argument("--contrast", help="bank: over memory banks; batch: within the batch; none (bank)")
+    recipe.add_argument("--contrast-weight", type=_number(0), help="(bank 0.025; batch 1, times each term's)")
     recipe.add_argument(
         "--negatives", type=_positive, dest="num_negatives", metavar="K", help="(16384; 256 for fewer images than that)"
     )

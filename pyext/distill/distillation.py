@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyext.distill.batch_contrast import BatchContrast
 from pyext.distill.peers import Peers
 from pyext.nn import MemoryContrast
 
@@ -19,7 +20,7 @@ class Distillation(nn.Module):
         peers: the networks.
         distillation: from a list of logits to a scalar (`pyext.nn.EnsembleDistillation`, `MutualDistillation`); None:
             none.
-        contrast: over the peers' pooled features; None: none.
+        contrast: over the peers' pooled features, by memory banks or within the batch; None: none.
         contrast_weight: weight of the contrast.
 
     Where the peers are spread over processes (`Peers.spread`), every process holds distillation and contrast whole and
@@ -37,7 +38,7 @@ class Distillation(nn.Module):
         self,
         peers: Peers,
         distillation: nn.Module | None = None,
-        contrast: MemoryContrast | None = None,
+        contrast: MemoryContrast | BatchContrast | None = None,
         contrast_weight: float = 0.025,
     ) -> None:
         super().__init__()
@@ -54,7 +55,8 @@ class Distillation(nn.Module):
         if self.distillation is not None:
             loss = loss + self.distillation(outputs.logits)
         if self.contrast is not None:
-            loss = loss + self.contrast_weight * self.contrast(outputs.features, index)
+            target = labels if isinstance(self.contrast, BatchContrast) else index
+            loss = loss + self.contrast_weight * self.contrast(outputs.features, target)
         return loss
 
     def deployed(self) -> nn.Module:

@@ -16,7 +16,9 @@ from pyext.ops.memory_update import memory_update
 from pyext.ops.sample_negatives import ClassTable, class_table, draw_negatives
 
 
-class _Head(nn.Module):
+class EmbeddingHead(nn.Module):
+    """A peer's features (B, in_features) to its embedding (B, embedding_dim) of length 1."""
+
     def __init__(self, in_features: int, embedding_dim: int) -> None:
         super().__init__()
         self.linear = nn.Linear(in_features, embedding_dim)
@@ -107,7 +109,7 @@ class MemoryContrast(nn.Module):
                 raise ValueError(f"MemoryContrast: {name} is {count}, expected at least 1")
         self.in_features, self.num_samples, self.num_negatives = in_features, num_samples, num_negatives
         self.temperature, self.momentum, self.relaxed = temperature, momentum, relaxed
-        self.embed_list = nn.ModuleList(_Head(in_features, embedding_dim) for _ in range(num_peers))
+        self.embed_list = nn.ModuleList(EmbeddingHead(in_features, embedding_dim) for _ in range(num_peers))
         settings = (num_negatives, temperature, -1, -1, momentum)
         self.contrast = _Memory(num_peers, num_samples, embedding_dim, settings)
         for field in ClassTable._fields:

@@ -9,7 +9,7 @@ import torch
 from gloo_processes import run
 from torch import nn
 
-from pyext.distill import Distillation, peers
+from pyext.distill import BatchContrast, Distillation, peers
 from pyext.nn import EnsembleDistillation, MemoryContrast, MutualDistillation
 
 PEERS, SAMPLES, BATCH, CLASSES = 4, 30, 6, 3
@@ -25,8 +25,13 @@ def _mcl_okd():
     return Distillation(peers(_network, PEERS, "1"), EnsembleDistillation(), contrast, 0.5)
 
 
+def _in_batch():
+    return Distillation(peers(_network, PEERS, "1"), EnsembleDistillation(), BatchContrast(PEERS, 6, 5), 1.0)
+
+
 MODELS = {
     "mcl-okd": _mcl_okd,
+    "contrast within the batch": _in_batch,
     "dml, nothing shared": lambda: Distillation(peers(_network, PEERS), MutualDistillation()),
     "independent": lambda: Distillation(peers(_network, PEERS, "2")),
 }
