@@ -55,7 +55,7 @@ def plot(panels: dict[str, Tensor], labels: Tensor, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, all_axes = pyplot.subplots(1, len(panels), figsize=(9, 4.8), layout="constrained")
+    figure, all_axes = pyplot.subplots(1, len(panels), figsize=(9, 5), layout="constrained")
     for axes, (title, v) in zip(all_axes, panels.items(), strict=True):
         places = TSNE(metric="cosine", init="pca", random_state=0).fit_transform(v.flatten(0, 1).numpy())
         for marker, points in zip(MARKERS, places.reshape(*v.shape[:2], 2), strict=True):
@@ -63,7 +63,7 @@ def plot(panels: dict[str, Tensor], labels: Tensor, path: Path) -> None:
         image, alike, other = cosines(v, labels)
         axes.set(xticks=[], yticks=[], title=title)
         cosine = f"one image {image:.2f}, one class {alike:.2f}, different classes {other:.2f}"
-        axes.set_xlabel(f"mean cosine between two peers: {cosine}", fontsize=8)
+        axes.set_xlabel(f"mean cosine between two peers:\n{cosine}", fontsize=9)
     figure.savefig(path, dpi=90, pil_kwargs={"optimize": True})
 
 

@@ -97,7 +97,7 @@ class DistillationRecipe(BaseRecipe):
 
     def placement(self, fabric: Any) -> DataParallel:
         """Each process's peers, or its share of each batch."""
-        if not self.spread_peers:
+        if not self.spread_peers or fabric.world_size == 1:
             return super().placement(fabric)
         if self.num_peers % fabric.world_size:
             raise UserError(

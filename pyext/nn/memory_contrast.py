@@ -142,6 +142,10 @@ class MemoryContrast(nn.Module):
         normaliser Z is a mean over all of it, and the same rows move on every process in the order of ranks: banks stay
         bit-equal without being sent. The gradient is right under DistributedDataParallel, which averages;
         `banks_in` names the buffers that it should leave alone. Each process does the work of the whole batch.
+
+        Every process holds all banks, num_peers · num_samples · embedding_dim numbers. They are not divided: an image's
+        negatives lie anywhere, so a process that held some rows would know a part of each image's scores, and
+        `memory_contrast` has no form in which the sums for Z, and then those of the loss, are put together in between.
         """
         self._group, self._replicated = dist.group.WORLD if group is None else group, False
 

@@ -20,6 +20,7 @@ from pyext.distill.recipe import DistillationRecipe
 from pyext.nn import EnsembleDistillation, MemoryContrast, PeerContrast
 from pyext.train.data import load_data, with_validation
 from pyext.train.errors import UserError
+from pyext.train.placement import DataParallel
 from pyext.train.randomness import Stream, seed_all
 from pyext.train.runs import Table, load_network
 
@@ -309,6 +310,8 @@ def test_peers_that_cannot_be_spread_equally_are_refused():
     recipe = DistillationRecipe(num_peers=3, spread_peers=True)
     with pytest.raises(UserError, match="--spread-peers: 3 peers cannot be spread equally over 2 processes"):
         recipe.placement(SimpleNamespace(global_rank=0, world_size=2))
+    assert type(recipe.placement(SimpleNamespace(global_rank=0, world_size=1))) is DataParallel
+    assert recipe.placement(SimpleNamespace(global_rank=1, world_size=3)).processes == 1
 
 
 def test_options_of_mcl_okd_are_refused_by_hcgnet(capsys):
