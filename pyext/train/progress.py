@@ -27,7 +27,7 @@ class Progress:
     """
 
     def __init__(
-        self, total: int, done: int, batch_size: int, show: bool = True, interval: float = 10.0, unit: str = "images"
+        self, total: int, done: int, batch_size: int, show: bool = True, interval: float = 10.0, *, unit: str = "images"
     ):
         self.total, self.done, self.batch_size, self.interval = total, done, batch_size, interval
         self.show, self.unit = show, unit
