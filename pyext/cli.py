@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -24,6 +25,8 @@ the learning rates, so a finished run is not made longer.
 Several processes and machines: `torchrun --nproc-per-node 8 -m pyext train hcgnet ...`. --batch-size counts all images
 of a step together. Batch norm uses each process's own share of the batch, and the first process's running statistics
 are kept; --sync-bn normalises over all processes with torch's SyncBatchNorm, for which the fused gates step aside.
+mcl-okd --spread-peers instead gives each process some of the peers and the whole batch: as one process would train
+them. Its checkpoints are the same, so a run can go on with or without it.
 
 A run that was stopped, by Ctrl-C or kill -9, continues with --resume as if it had not been: on the CPU with the same
 number of threads the losses are the same bit for bit (CUDA's own kernels may add in another order each time).
@@ -31,7 +34,21 @@ number of threads the losses are the same bit for bit (CUDA's own kernels may ad
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 1 for a failed run, 2 for a wrong command, 130 when stopped."""
+    """Run the command line; returns the exit status: 0, 1 for a failed run, 2 for a wrong command, 130 when stopped.
+
+    Where it has joined other processes (torchrun), it ends this one with that status instead, and not through Python's
+    own end: gloo's threads outlive the process group, and one that lets go of a tensor meanwhile aborts (torch 2.11).
+    """
+    status = _main(arguments)
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:2] == ["eval", "few-shot"]:  # `pyext eval CHECKPOINT` leaves argparse no place for a command below eval
         words[:2] = ["eval few-shot"]
@@ -124,14 +141,17 @@ def _add_distillation(recipe: Any) -> None:
         metavar="STAGE",
         help="last stage that peers share, or none (the network's first; none for dml and independent)",
     )
-    recipe.add_argument("--contrast", help="bank: over memory banks; none (bank)")
-    recipe.add_argument("--contrast-weight", type=_number(0), help="(0.025)")
+    recipe.add_argument("--contrast", help="bank: over memory banks; batch: within the batch; none (bank)")
+    recipe.add_argument("--contrast-weight", type=_number(0), help="(bank 0.025; batch 1, times each term's)")
     recipe.add_argument(
         "--negatives", type=_positive, dest="num_negatives", metavar="K", help="(16384; 256 for fewer images than that)"
     )
     recipe.add_argument("--embedding-dim", type=_positive, help="(128)")
     recipe.add_argument(
         "--validation", type=_number(0, 1), metavar="SHARE", help="training images that select the deployed peer (0.1)"
+    )
+    recipe.add_argument(
+        "--spread-peers", action="store_true", default=None, help="over the processes, under torchrun (see below)"
     )
 
 

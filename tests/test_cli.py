@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import sys
@@ -13,6 +14,7 @@ from PIL import Image
 
 from pyext import cli
 from pyext.checkpoint import atomic_save, load_checkpoint
+from pyext.train import few_shot
 from pyext.train.data import load_data
 from pyext.train.networks import build
 from pyext.train.runs import load_network
@@ -45,6 +47,53 @@ def fails(capsys, status, *arguments):
     sentence = err.strip().splitlines()[-1]
     assert sentence.startswith("pyext")
     return sentence
+
+
+@pytest.mark.parametrize("probe", ["centroid", "linear"])
+def test_few_shot_says_what_its_episodes_found(trained, capsys, probe):
+    command = ["eval", "few-shot", str(trained), "--episodes", "20", "--shots", "5", "--probe", probe]
+    assert cli.main([*command, "--seed", "3"]) == 0
+    first = capsys.readouterr().out
+    network, card = load_network(trained)
+    images = load_data("digits", None, 8)
+    features = network.forward_features(card.preprocessing.normalise(images.held_out.images)).detach()
+    asked = few_shot.Episodes(shots=5, count=20, probe=probe, seed=3)
+    scores = few_shot.evaluate(features, images.held_out.labels, asked)
+    assert first == (
+        f"5-way 5-shot, 20 episodes, {probe} probe, digits: accuracy {scores.mean:.2%} ± {scores.interval:.2%} "
+        "(95 % confidence)\n"
+    )
+    assert scores.mean > 1 / 5 + 3 * scores.interval  # one epoch has taught the network something
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out != first
+
+
+def test_few_shot_shows_its_progress_on_a_terminal(trained, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
+    assert cli.main(["eval", "few-shot", str(trained), "--episodes", "200"]) == 0
+    shown = sys.stdout.getvalue()
+    assert "100%" in shown
+    assert "images/s" in shown
+    assert "episodes/s" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--ways", "11"], "11-way episodes need as many classes; the images have 10"),
+        (["--shots", "30"], "30 shots and 15 queries"),
+        (["--episodes", "0"], "0 is less than 1"),
+        (["--probe", "tree"], "invalid choice: 'tree'"),
+    ],
+)
+def test_few_shot_that_cannot_be_is_said(trained, capsys, options, words):
+    assert words in fails(capsys, 2, "eval", "few-shot", trained, *options)
 
 
 def test_eval_agrees_with_the_scores_of_training(trained, capsys):

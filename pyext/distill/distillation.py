@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyext.distill.peers import PeerOutputs, Peers
+from pyext.distill.batch_contrast import BatchContrast
+from pyext.distill.peers import Peers
 from pyext.nn import MemoryContrast
 
 
@@ -21,10 +20,12 @@ class Distillation(nn.Module):
         peers: the networks.
         distillation: from a list of logits to a scalar (`pyext.nn.EnsembleDistillation`, `MutualDistillation`); None:
             none.
-        contrast: over the peers' pooled features; None: none.
+        contrast: over the peers' pooled features, by memory banks or within the batch; None: none.
         contrast_weight: weight of the contrast.
-        gather: what the distillation and the contrast see of the peers' outputs: a function that adds those of peers on
-            other processes. Cross-entropy is of the own peers alone. None: the own outputs.
+
+    Where the peers are spread over processes (`Peers.spread`), every process holds distillation and contrast whole and
+    computes the one loss of all peers: they give the same images, in the same order, and the same negatives. Its
+    gradient is complete on every process.
 
     `selected` is a buffer: the peer to deploy, the last one at first.
 
@@ -37,26 +38,25 @@ class Distillation(nn.Module):
         self,
         peers: Peers,
         distillation: nn.Module | None = None,
-        contrast: MemoryContrast | None = None,
+        contrast: MemoryContrast | BatchContrast | None = None,
         contrast_weight: float = 0.025,
-        gather: Callable[[PeerOutputs], PeerOutputs] | None = None,
     ) -> None:
         super().__init__()
         self.peers, self.distillation, self.contrast = peers, distillation, contrast
-        self.contrast_weight, self.gather = contrast_weight, gather
+        self.contrast_weight = contrast_weight
         self.register_buffer("selected", torch.tensor(len(peers) - 1))
 
     def extra_repr(self) -> str:
         return f"contrast_weight={self.contrast_weight}"
 
     def forward(self, images: Tensor, labels: Tensor, index: Tensor) -> Tensor:
-        own = self.peers(images)
-        loss = torch.stack([F.cross_entropy(logits, labels) for logits in own.logits]).sum()
-        outputs = own if self.gather is None else self.gather(own)
+        outputs = self.peers(images)
+        loss = torch.stack([F.cross_entropy(logits, labels) for logits in outputs.logits]).sum()
         if self.distillation is not None:
             loss = loss + self.distillation(outputs.logits)
         if self.contrast is not None:
-            loss = loss + self.contrast_weight * self.contrast(outputs.features, index)
+            target = labels if isinstance(self.contrast, BatchContrast) else index
+            loss = loss + self.contrast_weight * self.contrast(outputs.features, target)
         return loss
 
     def deployed(self) -> nn.Module:

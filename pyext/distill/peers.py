@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from pyext.models import Backbone
+from pyext.nn.exchange import gather, sum_gradient, together
 
 
 class PeerOutputs(NamedTuple):
@@ -46,6 +49,9 @@ def _as_it_is(x: Tensor) -> Tensor:
     return x
 
 
+_FACTS = ("Peers: batch size", "Peers: number of classes", "Peers: number of features")
+
+
 class Peers(nn.Module):
     """Networks of one kind, of which the stages up to one are the same modules and run once (see `peers`).
 
@@ -56,6 +62,8 @@ class Peers(nn.Module):
     def __init__(self, networks: list[nn.Module], num_shared: int) -> None:
         super().__init__()
         self.networks, self.num_shared = nn.ModuleList(networks), num_shared
+        self.own = range(len(networks))
+        self._group: dist.ProcessGroup | None = None
         first = _chain(networks[0])
         for network in networks[1:]:
             stages = _chain(network).stages
@@ -71,16 +79,61 @@ class Peers(nn.Module):
     @property
     def num_features(self) -> int:
         """Width of every peer's pooled features; TypeError where the classifier is not linear."""
-        classifier = _chain(self.networks[0]).classifier
+        classifier = _chain(self.networks[self.own[0]]).classifier
         if not isinstance(classifier, nn.Linear):
             raise TypeError(f"Peers.num_features: the classifier is a {type(classifier).__name__}, expected nn.Linear")
         return classifier.in_features
 
+    def spread(self, group: dist.ProcessGroup | None = None) -> None:
+        """Spread the peers over the processes of `group` (None: the default one); call it on all, after they are equal.
+
+        Process r of R keeps the M/R peers `own`, from r·M/R on, and the shared stages; the others' places in `networks`
+        become None, and are not in the state dict. Make the optimizer afterwards.
+
+        Every process then gives the same batch, and a forward pass, a collective, returns the outputs of all peers in
+        their order. Every process computes the same loss of them, and its backward pass, a collective too where stages
+        are shared, leaves the loss's exact gradient in the own peers and in the shared stages, which so stay the same
+        everywhere: without DistributedDataParallel.
+
+        Raises:
+            ValueError: the peers cannot be spread equally, or were spread before.
+        """
+        group = dist.group.WORLD if group is None else group
+        processes, rank = dist.get_world_size(group), dist.get_rank(group)
+        if self._group is not None:
+            raise ValueError("Peers.spread: the peers are spread already")
+        if len(self) % processes:
+            raise ValueError(f"Peers.spread: {len(self)} peers cannot be spread equally over {processes} processes")
+        share = len(self) // processes
+        self._group, self.own = group, range(rank * share, (rank + 1) * share)
+        for i in set(range(len(self))) - set(self.own):
+            self.networks.register_module(str(i), None)
+
     def forward(self, x: Tensor) -> PeerOutputs:
-        """(B, ...) images to the logits and features of every peer."""
+        """(B, ...) images to the logits and features of every peer.
+
+        Raises, where the peers are spread:
+            ValueError: batches of different sizes on the processes.
+            RuntimeError: another process raised an error.
+        """
+        if self._group is None:
+            return self._own_outputs(x)
+        own = together(
+            self._group,
+            x.device,
+            lambda: self._own_outputs(x),
+            _FACTS,
+            lambda made: (*made.logits[0].shape, made.features[0].shape[1]),
+        )
+        gathered = [gather(torch.stack(one), self._group, same_loss=True) for one in own]
+        return PeerOutputs(*(list(every) for every in gathered))
+
+    def _own_outputs(self, x: Tensor) -> PeerOutputs:
         outputs = PeerOutputs([], [])
-        chains = [_chain(network) for network in self.networks]
+        chains = [_chain(self.networks[i]) for i in self.own]
         shared = self._run(chains[0], x, 0, self.num_shared) if self.num_shared else x
+        if self._group is not None and shared.requires_grad:
+            shared = sum_gradient(shared, self._group)
         for chain in chains:
             # Stages that work in place would change what the next peer is given.
             given = (
@@ -98,9 +151,14 @@ class Peers(nn.Module):
         return x
 
     def deploy(self, i: int) -> nn.Module:
-        """Peer `i` as an ordinary network, which shares its parameters with this one; IndexError when there is none."""
+        """Peer `i` as an ordinary network, which shares its parameters with this one; IndexError when there is none
+        here."""
         if not -len(self) <= i < len(self):
             raise IndexError(f"Peers.deploy: there is no peer {i}, expected 0 to {len(self) - 1}")
+        if i % len(self) not in self.own:
+            raise IndexError(
+                f"Peers.deploy: peer {i} is on another process; here are {self.own[0]} to {self.own[-1]} (see spread)"
+            )
         return self.networks[i]
 
 

@@ -12,8 +12,10 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pyext.distill.batch_contrast import BatchContrast
 from pyext.distill.distillation import Distillation
 from pyext.distill.peers import peers
+from pyext.distill.spread import SpreadPeers
 from pyext.models import Backbone
 from pyext.nn import EnsembleDistillation, MemoryContrast, MutualDistillation
 from pyext.nn.memory_contrast import banks_in
@@ -22,9 +24,12 @@ from pyext.train.data import Batch, ImageData, Preprocessing, with_validation
 from pyext.train.errors import UserError
 from pyext.train.evaluation import Scores, count
 from pyext.train.networks import build
+from pyext.train.placement import DataParallel
 
 METHODS = ("mcl-okd", "kd", "dml", "independent")
-CONTRASTS = ("bank", "none")
+CONTRASTS = ("bank", "batch", "none")
+CONTRAST_WEIGHTS = {"bank": 0.025, "batch": 1.0}
+"""The published ones; within a batch each term has its own as well (`pyext.distill.batch_contrast.WEIGHTS`)."""
 
 LARGE = 16384
 """The paper's negatives per image on CIFAR; data sets with fewer training images than that get 256."""
@@ -37,10 +42,12 @@ class DistillationRecipe(BaseRecipe):
     `method` is ``"mcl-okd"``: cross-entropy, distillation of the last peer from the ensemble, contrast; ``"kd"``: the
     same without the contrast; ``"dml"``: deep mutual learning between independent networks; ``"independent"``:
     cross-entropy alone. `share_until` names the last stage that the peers share; None means the method's own choice
-    (the network's first stage, or nothing for the latter two), ``"none"`` nothing. `contrast` None: ``"bank"`` for
-    mcl-okd, and the others have none. `num_negatives` None: see `LARGE`. `validation` is the share of each class's
-    training images by which the deployed peer is selected: they are not trained on, and the held-out images play no
-    part in the selection.
+    (the network's first stage, or nothing for the latter two), ``"none"`` nothing. `contrast`: ``"bank"`` (mcl-okd's
+    own, the default), ``"batch"`` (that of mutual contrastive learning) or ``"none"``; the other methods have none.
+    `contrast_weight` None: see `CONTRAST_WEIGHTS`. `num_negatives` None: see `LARGE`. `validation` is the share of each
+    class's training images by which the deployed peer is selected: they are not trained on, and the held-out images
+    play no part in the selection. `spread_peers`: under torchrun each process holds some of the peers and takes whole
+    batches, where else it holds all and takes a share of each batch.
     """
 
     epochs: int = 300
@@ -53,11 +60,12 @@ class DistillationRecipe(BaseRecipe):
     share_until: str | None = None
     temperature: float = 3.0
     contrast: str | None = None
-    contrast_weight: float = 0.025
+    contrast_weight: float | None = None
     contrast_temperature: float = 0.1
     num_negatives: int | None = None
     embedding_dim: int = 128
     validation: float = 0.1
+    spread_peers: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -66,12 +74,37 @@ class DistillationRecipe(BaseRecipe):
             raise UserError(f"unknown contrast {self.contrast!r}: choose among {', '.join(CONTRASTS)}.", usage=True)
         if self.contrast not in (None, "none") and self.method != "mcl-okd":
             raise UserError(f"--method {self.method} has no --contrast {self.contrast}.", usage=True)
+        if self.num_negatives is not None and self._contrast_kind() != "bank":
+            raise UserError("--negatives: only contrast over memory banks draws them.", usage=True)
         if self.num_peers < 2 and self.method != "independent":
             raise UserError(
                 f"--method {self.method} needs two peers at least, not --peers {self.num_peers}.", usage=True
             )
         if not 0 < self.validation < 1:
             raise UserError(f"--validation {self.validation} is not a share between 0 and 1.", usage=True)
+
+    def decisive(self) -> dict[str, Any]:
+        """Where the peers are does not matter: a checkpoint holds all of them."""
+        settings = {name: value for name, value in super().decisive().items() if name != "spread_peers"}
+        return {**settings, "contrast_weight": self._contrast_weight()}
+
+    def _contrast_kind(self) -> str:
+        return "none" if self.method != "mcl-okd" else self.contrast or "bank"
+
+    def _contrast_weight(self) -> float:
+        usual = CONTRAST_WEIGHTS.get(self._contrast_kind(), 0.0)
+        return usual if self.contrast_weight is None else self.contrast_weight
+
+    def placement(self, fabric: Any) -> DataParallel:
+        """Each process's peers, or its share of each batch."""
+        if not self.spread_peers or fabric.world_size == 1:
+            return super().placement(fabric)
+        if self.num_peers % fabric.world_size:
+            raise UserError(
+                f"--spread-peers: {self.num_peers} peers cannot be spread equally over {fabric.world_size} processes.",
+                usage=True,
+            )
+        return SpreadPeers(fabric)
 
     def learning_rate_at(self, epoch: int) -> float:
         """Half a cosine from `learning_rate` towards 0 over all epochs."""
@@ -87,9 +120,8 @@ class DistillationRecipe(BaseRecipe):
             group = peers(lambda: build(arch, len(data.classes)), self.num_peers, self._shared(arch, data))
         except ValueError as error:
             raise UserError(f"--share-until {self.share_until}: {error}.", usage=True) from error
-        contrasted = self.method == "mcl-okd" and self.contrast != "none"
-        contrast = self._contrast(group.num_features, data) if contrasted else None
-        network = Distillation(group, self._distillation(), contrast, self.contrast_weight)
+        contrast = None if self._contrast_kind() == "none" else self._contrast(group.num_features, data)
+        network = Distillation(group, self._distillation(), contrast, self._contrast_weight())
         # Banks are equal on all processes as they are; sending them would cost 100 MB a step.
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, banks_in(network))
         return network
@@ -106,16 +138,25 @@ class DistillationRecipe(BaseRecipe):
             return None
         return MutualDistillation() if self.method == "dml" else EnsembleDistillation(self.temperature)
 
-    def _contrast(self, num_features: int, data: ImageData) -> MemoryContrast:
-        processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    def _contrast(self, num_features: int, data: ImageData) -> MemoryContrast | BatchContrast:
+        shares = torch.distributed.is_initialized() and not self.spread_peers
+        processes = torch.distributed.get_world_size() if shares else 1
         if self.batch_size % processes:
             raise UserError(
-                f"--batch-size {self.batch_size} cannot be shared equally by {processes} processes, as contrast over "
-                "memory banks needs.",
+                f"--batch-size {self.batch_size} cannot be shared equally by {processes} processes, as contrast needs.",
                 usage=True,
             )
+        contrast = self._bank(num_features, data) if self._contrast_kind() == "bank" else self._batch(num_features)
+        if processes > 1:
+            contrast.distribute()
+        return contrast
+
+    def _batch(self, num_features: int) -> BatchContrast:
+        return BatchContrast(self.num_peers, num_features, self.embedding_dim, temperature=self.contrast_temperature)
+
+    def _bank(self, num_features: int, data: ImageData) -> MemoryContrast:
         samples = len(data.train)
-        contrast = MemoryContrast(
+        return MemoryContrast(
             self.num_peers,
             num_features,
             self.embedding_dim,
@@ -124,9 +165,6 @@ class DistillationRecipe(BaseRecipe):
             temperature=self.contrast_temperature,
             labels=data.train.labels,
         )
-        if processes > 1:
-            contrast.distribute()
-        return contrast
 
     def loss(self, module: nn.Module, images: Tensor, labels: Tensor, index: Tensor, seed: int, *place: int) -> Tensor:
         """The method's loss; the negatives come from torch's generator, which the loop seeds by the step's place."""

@@ -1,12 +1,35 @@
-"""Batches of several processes put together, with the right gradient and without a process left waiting."""
+"""What several processes hold put together, with the right gradient and without a process left waiting."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Made = TypeVar("Made")
+
+
+def together(
+    group: dist.ProcessGroup,
+    device: torch.device,
+    make: Callable[[], Made],
+    names: Sequence[str],
+    facts: Callable[[Made], Sequence[int]],
+) -> Made:
+    """`make()`, where it succeeds on every process and the `facts` of what it made, called `names`, are the same.
+
+    Raises what `make` raised, and on the other processes what `agree` raises.
+    """
+    try:
+        made = make()
+    except Exception as error:
+        agree(group, error, dict.fromkeys(names, 0), device)
+        raise
+    agree(group, None, dict(zip(names, facts(made), strict=True)), device)
+    return made
 
 
 def agree(group: dist.ProcessGroup, error: Exception | None, facts: Mapping[str, int], device: torch.device) -> None:
@@ -41,25 +64,47 @@ class _Gather(torch.autograd.Function):
     """Backward is all_reduce and a slice, which every backend has; the embeddings of a batch are small."""
 
     @staticmethod
-    def forward(ctx, x, group):
-        ctx.group, ctx.batch = group, x.shape[0]
+    def forward(ctx, x, group, same_loss):
+        ctx.group, ctx.batch, ctx.same_loss = group, x.shape[0], same_loss
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, x, group=group)
         return torch.cat(parts)
 
     @staticmethod
     def backward(ctx, grad):
-        total = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=ctx.group)
+        if not ctx.same_loss:
+            grad = grad.clone(memory_format=torch.contiguous_format)
+            dist.all_reduce(grad, group=ctx.group)
         start = dist.get_rank(ctx.group) * ctx.batch
-        return total[start : start + ctx.batch], None
+        return grad[start : start + ctx.batch], None, None
 
 
-def gather(x: Tensor, group: dist.ProcessGroup, dim: int = 0) -> Tensor:
+def gather(x: Tensor, group: dist.ProcessGroup, dim: int = 0, *, same_loss: bool = False) -> Tensor:
     """`x` of every process, concatenated over `dim` in the order of ranks; `x` has one shape everywhere (see `agree`).
 
     The gradient of a process's `x` is the sum over processes of their gradients of its part: the exact gradient of the
     sum of all processes' losses. So where every process computes one and the same loss, DistributedDataParallel's mean
     of the gradients is that loss's gradient.
+
+    `same_loss`: every process computes one and the same loss and nothing averages over processes: the gradient is that
+    of this loss, and the backward pass sends nothing.
     """
-    return _Gather.apply(x.movedim(dim, 0).contiguous(), group).movedim(0, dim)
+    return _Gather.apply(x.movedim(dim, 0).contiguous(), group, same_loss).movedim(0, dim)
+
+
+class _SumGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+def sum_gradient(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """`x`, which is the same on every process; its gradient is the sum over processes of what follows on each."""
+    return _SumGradient.apply(x, group)

@@ -10,13 +10,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyext.nn.exchange import agree, gather
+from pyext.nn.exchange import gather, together
 from pyext.ops.memory_contrast import memory_contrast
 from pyext.ops.memory_update import memory_update
 from pyext.ops.sample_negatives import ClassTable, class_table, draw_negatives
 
 
-class _Head(nn.Module):
+class EmbeddingHead(nn.Module):
+    """A peer's features (B, in_features) to its embedding (B, embedding_dim) of length 1."""
+
     def __init__(self, in_features: int, embedding_dim: int) -> None:
         super().__init__()
         self.linear = nn.Linear(in_features, embedding_dim)
@@ -107,7 +109,7 @@ class MemoryContrast(nn.Module):
                 raise ValueError(f"MemoryContrast: {name} is {count}, expected at least 1")
         self.in_features, self.num_samples, self.num_negatives = in_features, num_samples, num_negatives
         self.temperature, self.momentum, self.relaxed = temperature, momentum, relaxed
-        self.embed_list = nn.ModuleList(_Head(in_features, embedding_dim) for _ in range(num_peers))
+        self.embed_list = nn.ModuleList(EmbeddingHead(in_features, embedding_dim) for _ in range(num_peers))
         settings = (num_negatives, temperature, -1, -1, momentum)
         self.contrast = _Memory(num_peers, num_samples, embedding_dim, settings)
         for field in ClassTable._fields:
@@ -140,6 +142,10 @@ class MemoryContrast(nn.Module):
         normaliser Z is a mean over all of it, and the same rows move on every process in the order of ranks: banks stay
         bit-equal without being sent. The gradient is right under DistributedDataParallel, which averages;
         `banks_in` names the buffers that it should leave alone. Each process does the work of the whole batch.
+
+        Every process holds all banks, num_peers · num_samples · embedding_dim numbers. They are not divided: an image's
+        negatives lie anywhere, so a process that held some rows would know a part of each image's scores, and
+        `memory_contrast` has no form in which the sums for Z, and then those of the loss, are put together in between.
         """
         self._group, self._replicated = dist.group.WORLD if group is None else group, False
 
@@ -190,12 +196,13 @@ class MemoryContrast(nn.Module):
         if self._group is None:
             return self._own(features, index, negatives)
         # Whatever is wrong on one process, the others are told before they wait for it.
-        try:
-            embeddings, indices = self._own(features, index, negatives)
-        except Exception as error:
-            agree(self._group, error, dict.fromkeys(_FACTS, 0), self.contrast.banks()[0].device)
-            raise
-        agree(self._group, None, dict(zip(_FACTS, indices.shape, strict=True)), embeddings.device)
+        embeddings, indices = together(
+            self._group,
+            self.contrast.banks()[0].device,
+            lambda: self._own(features, index, negatives),
+            _FACTS,
+            lambda own: own[1].shape,
+        )
         if not self._replicated:
             for bank in self.contrast.banks():
                 dist.broadcast(bank, group=self._group, group_src=0)

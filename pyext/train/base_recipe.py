@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pyext.train.data import Batch, ImageData, Preprocessing
 from pyext.train.evaluation import Scores, evaluate
 from pyext.train.networks import build
+from pyext.train.placement import DataParallel
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,10 @@ class BaseRecipe:
         """The parts of `data` to train on and to score each epoch. Where the latter are not `data`'s held-out images,
         those are scored once, after the last epoch."""
         return data
+
+    def placement(self, fabric: Any) -> DataParallel:
+        """How the processes share the work."""
+        return DataParallel(fabric)
 
     def network(self, arch: str, data: ImageData) -> nn.Module:
         """What is trained: a new network, or several with all that learns beside them."""

@@ -11,9 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyext.train.data import HeldOutBatches, ImageData, Preprocessing, checked, loader
-from pyext.train.errors import UserError, require
+from pyext.train.errors import UserError
+from pyext.train.linear_probe import fit_linear_probe
+from pyext.train.progress import Progress
 
 PROBES = ("centroid", "linear")
+
+TOGETHER = 32
+"""Episodes that are drawn and classified at once."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +26,8 @@ class Episodes:
     """What is asked: `count` episodes of `ways` classes with `shots` labelled and `queries` other images of each.
 
     `probe` is ``"centroid"`` (the nearest mean of a class's shots, in Euclidean distance) or ``"linear"`` (logistic
-    regression on the shots). `normalise`: features are divided by their Euclidean length first; the nearest centroid
-    then is that of the largest cosine, because centroids are normalised as well.
+    regression on the shots, see `pyext.train.linear_probe`). `normalise`: features are divided by their Euclidean
+    length first; the nearest centroid then is that of the largest cosine, because centroids are normalised as well.
     """
 
     ways: int = 5
@@ -61,9 +66,11 @@ def held_out_features(
         raise UserError(f"{type(network).__name__} has no forward_features, whose output few-shot episodes classify.")
     batches = loader(images.held_out, HeldOutBatches(len(images.held_out), batch_size), 0, device.type == "cuda")
     features, labels = [], []
-    for pixels, classes in checked(batches):
-        features.append(extract(preprocessing.normalise(pixels.to(device))).float().cpu())
-        labels.append(classes)
+    with Progress(len(batches), 0, batch_size) as progress:
+        for pixels, classes in checked(batches):
+            features.append(extract(preprocessing.normalise(pixels.to(device))).float().cpu())
+            labels.append(classes)
+            progress.step("features", None)
     return torch.cat(features), torch.cat(labels)
 
 
@@ -84,9 +91,14 @@ def evaluate(features: Tensor, labels: Tensor, episodes: Episodes) -> FewShotSco
         features = F.normalize(features, dim=1)
     right = _centroid if episodes.probe == "centroid" else _linear
     generator = torch.Generator().manual_seed(episodes.seed)
-    drawn = (_draw(rows, episodes, generator) for _ in range(episodes.count))
-    accuracies = [right(features[chosen], episodes) for chosen in drawn]
-    return FewShotScores(torch.tensor(accuracies, dtype=torch.float64))
+    accuracies = []
+    with Progress(-(-episodes.count // TOGETHER), 0, TOGETHER, unit="episodes") as progress:
+        for first in range(0, episodes.count, TOGETHER):
+            count = min(TOGETHER, episodes.count - first)
+            drawn = torch.stack([_draw(rows, episodes, generator) for _ in range(count)])
+            accuracies.append(right(features[drawn], episodes))
+            progress.step("episodes", None)
+    return FewShotScores(torch.cat(accuracies))
 
 
 def _rows_by_class(features: Tensor, labels: Tensor, episodes: Episodes) -> list[Tensor]:
@@ -118,18 +130,24 @@ def _draw(rows: list[Tensor], episodes: Episodes, generator: torch.Generator) ->
     return torch.stack([rows[c][torch.randperm(len(rows[c]), generator=generator)[:needed]] for c in classes])
 
 
-def _centroid(features: Tensor, episodes: Episodes) -> float:
-    centroids = features[:, : episodes.shots].mean(dim=1)
+def _centroid(features: Tensor, episodes: Episodes) -> Tensor:
+    centroids = features[:, :, : episodes.shots].mean(dim=2)
     if episodes.normalise:
-        centroids = F.normalize(centroids, dim=1)
-    queries = features[:, episodes.shots :]
-    nearest = torch.cdist(queries.flatten(0, 1), centroids).argmin(dim=1).view(episodes.ways, -1)
-    return float((nearest == torch.arange(episodes.ways)[:, None]).double().mean())
+        centroids = F.normalize(centroids, dim=2)
+    return _share_right(torch.cdist(_queries(features, episodes), centroids).argmin(dim=2), episodes)
 
 
-def _linear(features: Tensor, episodes: Episodes) -> float:
-    logistic = require("sklearn.linear_model", "the linear probe").LogisticRegression(max_iter=1000)
-    labels = torch.arange(episodes.ways)[:, None].expand(features.shape[:2])
-    shots, queries = slice(0, episodes.shots), slice(episodes.shots, None)
-    logistic.fit(features[:, shots].flatten(0, 1).numpy(), labels[:, shots].flatten().numpy())
-    return float(logistic.score(features[:, queries].flatten(0, 1).numpy(), labels[:, queries].flatten().numpy()))
+def _linear(features: Tensor, episodes: Episodes) -> Tensor:
+    shots = features[:, :, : episodes.shots].flatten(1, 2)
+    probe = fit_linear_probe(shots, torch.arange(episodes.ways).repeat_interleave(episodes.shots), episodes.ways)
+    return _share_right(probe(_queries(features, episodes)).argmax(dim=2), episodes)
+
+
+def _queries(features: Tensor, episodes: Episodes) -> Tensor:
+    """(episodes, ways · queries, F) of (episodes, ways, shots + queries, F), class by class."""
+    return features[:, :, episodes.shots :].flatten(1, 2)
+
+
+def _share_right(guesses: Tensor, episodes: Episodes) -> Tensor:
+    """(episodes,) float64."""
+    return (guesses == torch.arange(episodes.ways).repeat_interleave(episodes.queries)).double().mean(dim=1)

@@ -82,6 +82,7 @@ class Trainer:
         self.settings, self.recipe = settings, settings.recipe
         self.fabric = _fabric(settings)
         self.rank, self.processes = self.fabric.global_rank, self.fabric.world_size
+        self.placement = self.recipe.placement(self.fabric)
         folder = settings.output
         self.checkpoint = folder / "last.pt"
         self.steps_table = Table(folder / "steps.csv", ("epoch", "step", "loss"), place=2)
@@ -119,13 +120,17 @@ class Trainer:
         if self.settings.sync_bn:
             if self.fabric.device.type != "cuda":
                 raise UserError("--sync-bn needs CUDA devices: torch has no SyncBatchNorm for others.", usage=True)
-            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+            if self.placement.processes == self.processes:  # else each has the whole batch
+                network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         self.network = network
-        self.module, self.optimizer = self.fabric.setup(network, self.recipe.optimizer(network))
+        parameters = sum(p.numel() for p in network.parameters())
+        kind = type(self.recipe.deployed(network)).__name__
+        self.title = f"{kind} {self.settings.arch}, {parameters:,} parameters"
+        self.module, self.optimizer = self.placement.set_up(network, self.recipe.optimizer(network))
 
     def _build_loaders(self) -> None:
-        batch_size = self.recipe.batch_size
-        self.batches = EpochBatches(len(self.data.train), batch_size, self.settings.seed, self.rank, self.processes)
+        batch_size, share = self.recipe.batch_size, (self.placement.rank, self.placement.processes)
+        self.batches = EpochBatches(len(self.data.train), batch_size, self.settings.seed, *share)
         self.train_loader = self._loader(IndexedImages(self.data.train), self.batches)
         self.held_out_loader = self._held_out_loader(self.data)
 
@@ -133,13 +138,11 @@ class Trainer:
         return loader(images, batches, self.settings.workers, pin_memory=self.fabric.device.type == "cuda")
 
     def _held_out_loader(self, data: ImageData) -> DataLoader:
-        count = len(data.held_out)
-        batches = HeldOutBatches(count, self.recipe.batch_size, self.rank, self.processes)
-        return self._loader(data.held_out, batches)
+        share = self.placement.rank, self.placement.processes
+        return self._loader(data.held_out, HeldOutBatches(len(data.held_out), self.recipe.batch_size, *share))
 
     def _restore(self, previous: dict[str, Any]) -> None:
-        self.network.load_state_dict(previous.get("training", previous["model"]))
-        self.optimizer.load_state_dict(previous["optimizer"])
+        self.placement.restore(previous.get("training", previous["model"]), previous["optimizer"])
         self.epoch, self.step = previous["epoch"], previous["step"]
         totals = previous["totals"]
         self.totals.copy_(totals[self.rank] if len(totals) == self.processes else totals.mean(dim=0))
@@ -166,13 +169,11 @@ class Trainer:
         return self.rank == 0
 
     def _announce(self, done: int) -> None:
-        parameters = sum(p.numel() for p in self.network.parameters())
-        kind = type(self.recipe.deployed(self.network)).__name__
         place = f", resumed at epoch {self.epoch + 1}, step {self.step}" if done else ""
         self.progress.line(
-            f"{kind} {self.settings.arch}, {parameters:,} parameters, {self.data.name}: {len(self.data.train)} "
-            f"training and {len(self.data.held_out)} held-out images of {len(self.data.classes)} classes, "
-            f"{self.processes} x {self.fabric.device}, into {self.settings.output}{place}"
+            f"{self.title}, {self.data.name}: {len(self.data.train)} training and {len(self.data.held_out)} held-out "
+            f"images of {len(self.data.classes)} classes, {self.processes} x {self.fabric.device}, into "
+            f"{self.settings.output}{place}"
         )
 
     def _run_epoch(self) -> list[float]:
@@ -195,7 +196,7 @@ class Trainer:
         return [seconds / steps] if steps else []
 
     def _step(self, images: Tensor, labels: Tensor, index: Tensor) -> Tensor:
-        place = self.epoch, self.step, self.rank
+        place = self.epoch, self.step, self.placement.rank
         seed_all(self.settings.seed, Stream.STEP, *place)
         images, labels, index = self.fabric.to_device((images, labels, index))
         images = self.data.preprocessing.normalise(images)
@@ -242,15 +243,12 @@ class Trainer:
 
     def _evaluate(self, batches: DataLoader) -> Tensor:
         """The recipe's sums over the held-out `batches` of all processes."""
-        if self.processes > 1:
-            # Batch norm's running statistics differ between processes; those of the first are what is saved.
-            for buffer in self.network.buffers():
-                torch.distributed.broadcast(buffer, 0)
+        self.placement.before_evaluation()
         self.network.eval()
         with self.fabric.autocast():
             sums = self.recipe.evaluate(self.network, checked(batches), self.data.preprocessing, self.fabric.device)
         self.network.train()
-        return sums if self.processes == 1 else self.fabric.all_reduce(sums, reduce_op="sum")
+        return self.placement.total(sums)
 
     def _record_epoch(self, rate: float, train_loss: float, sums: Tensor, seconds: float, steps: int) -> None:
         speed = steps * self.recipe.batch_size / seconds
@@ -258,8 +256,7 @@ class Trainer:
         if self._first:
             self.epochs_table.add(*row)
             self._to_tensorboard(row)
-            export(self.settings.output / "model.safetensors", self.recipe.deployed(self.network), self.card)
-        self._save()
+        self._save(whole_epoch=True)
         self.progress.line(
             f"epoch {self.epoch}/{self.recipe.epochs}: learning rate {rate:.4f}, training loss {train_loss:.4f}, "
             f"{self.recipe.describe(self.network, sums)}, {speed:.0f} images/s"
@@ -273,12 +270,15 @@ class Trainer:
             writer.add_scalar(name, value, int(row[0]))
         writer.close()
 
-    def _save(self) -> None:
+    def _save(self, whole_epoch: bool = False) -> None:
         totals = self.fabric.all_gather(self.totals).view(-1, 2)
+        network, optimizer = self.placement.collect()
         if self._first:
-            deployed = self.recipe.deployed(self.network)
+            deployed = self.recipe.deployed(network)
+            if whole_epoch:
+                export(self.settings.output / "model.safetensors", deployed, self.card)
             # Tensors that two entries share are written once.
-            training = {} if deployed is self.network else {"training": self.network.state_dict()}
+            training = {} if deployed is network else {"training": network.state_dict()}
             save_run(
                 self.checkpoint,
                 {
@@ -286,7 +286,7 @@ class Trainer:
                     "settings": self.settings.decisive(),
                     "model": deployed.state_dict(),
                     **training,
-                    "optimizer": self.optimizer.state_dict(),
+                    "optimizer": optimizer,
                     "epoch": self.epoch,
                     "step": self.step,
                     "totals": totals,

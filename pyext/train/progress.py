@@ -21,14 +21,16 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """Reports the steps of a run: place, loss, images per second and remaining time.
+    """Reports the steps of a run: place, loss, images (or what `unit` says) per second and remaining time.
 
     `total` steps make the run, `done` of them before this process began. `show` is False on all ranks but one.
     """
 
-    def __init__(self, total: int, done: int, batch_size: int, show: bool = True, interval: float = 10.0):
+    def __init__(
+        self, total: int, done: int, batch_size: int, show: bool = True, interval: float = 10.0, *, unit: str = "images"
+    ):
         self.total, self.done, self.batch_size, self.interval = total, done, batch_size, interval
-        self.show = show
+        self.show, self.unit = show, unit
         self.moments: deque[float] = deque(maxlen=200)
         self.last_line = time.monotonic()
         self.bar: Any = None
@@ -56,7 +58,7 @@ class Progress:
             return
         rate = (len(self.moments) - 1) / max(now - self.moments[0], 1e-9)
         shown = "" if loss is None else f" loss {loss:.4f},"
-        speed = f"{rate * self.batch_size:.0f} images/s, {clock((self.total - self.done) / rate)} remaining"
+        speed = f"{rate * self.batch_size:.0f} {self.unit}/s, {clock((self.total - self.done) / rate)} remaining"
         if self.bar is not None:
             self.bar.update(self.task, completed=self.done, description=f"{place},{shown} {speed}")
         elif now - self.last_line >= self.interval and loss is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,13 +15,14 @@ from training_helpers import KILLED, assert_same_run, losses, python, with_torch
 
 from pyext import _backend, cli, models
 from pyext.checkpoint import load_checkpoint
-from pyext.distill import Distillation, PeerOutputs, peers
+from pyext.distill import BatchContrast, Distillation, peers
 from pyext.distill.recipe import DistillationRecipe
-from pyext.nn import EnsembleDistillation, MemoryContrast
+from pyext.nn import EnsembleDistillation, MemoryContrast, PeerContrast
 from pyext.train.data import load_data, with_validation
 from pyext.train.errors import UserError
+from pyext.train.placement import DataParallel
 from pyext.train.randomness import Stream, seed_all
-from pyext.train.runs import load_network
+from pyext.train.runs import Table, load_network
 
 SMALL = ["train", "mcl-okd", "--arch", "tiny", "--data", "digits", "--image-size", "8", "--peers", "2"]
 SMALL += ["--batch-size", "216", "--log-every", "1"]
@@ -123,19 +125,6 @@ def test_loss_is_the_papers_sum():
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
 
 
-def test_gather_adds_peers_to_the_distillation_and_not_to_the_cross_entropy():
-    group, (images, labels, index) = linear_peers(), batch()
-    other = torch.randn(5, 3, dtype=torch.float64)
-    loss = Distillation(
-        group,
-        EnsembleDistillation(student=0),
-        gather=lambda own: PeerOutputs([*own.logits, other], own.features),
-    )(images, labels, index)
-    logits = group(images).logits
-    expected = sum(F.cross_entropy(x, labels) for x in logits) + EnsembleDistillation(student=0)([*logits, other])
-    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
-
-
 @pytest.mark.parametrize(
     ("method", "shared", "distillation", "banks"),
     [
@@ -213,6 +202,39 @@ def test_bf16_trains_the_banks_in_float32(tmp_path):
     assert (banks[0].norm(dim=1) - 1).abs().lt(1e-5).sum() == 5 * 216
 
 
+def test_contrast_within_the_batch_trains_and_resumes(tmp_path, monkeypatch):
+    command = [*SMALL, "--epochs", "1", "--contrast", "batch", "--save-every", "3", "--output"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert cli.main([*command, str(whole)]) == 0
+    add = Table.add
+
+    def add_and_stop(self, *values):
+        add(self, *values)
+        if values[:2] == (0, 2):
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Table, "add", add_and_stop)
+    assert cli.main([*command, str(stopped)]) == 130
+    monkeypatch.setattr(Table, "add", add)
+    assert cli.main([*command, str(stopped), "--resume"]) == 0
+    assert_same_run(whole, stopped)
+    names = load_checkpoint(whole / "last.pt")["training"]
+    assert "contrast.embed_list.1.linear.bias" in names
+    assert not any("memory" in name for name in names)
+
+
+def test_contrast_within_the_batch_is_the_published_sum():
+    group, (images, labels, index) = linear_peers(), batch()
+    contrast = BatchContrast(3, 6, 8).double()
+    loss = Distillation(group, None, contrast, 0.7)(images, labels, index)
+    outputs = group(images)
+    v = [F.normalize(head.linear(x)) for head, x in zip(contrast.embed_list, outputs.features, strict=True)]
+    vcl, icl, soft_vcl, soft_icl = PeerContrast()(v, labels)
+    expected = sum(F.cross_entropy(x, labels) for x in outputs.logits)
+    expected = expected + 0.7 * (0.1 * vcl + 0.1 * icl + soft_vcl + soft_icl)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+
+
 def test_schedule_is_torchs_cosine():
     recipe = DistillationRecipe()
     optimizer = recipe.optimizer(nn.Linear(2, 2))
@@ -255,7 +277,8 @@ def test_class_with_one_image_has_no_validation():
     ("options", "words"),
     [
         (["--method", "alchemy"], "unknown method 'alchemy': choose among mcl-okd, kd, dml, independent"),
-        (["--contrast", "lens"], "unknown contrast 'lens': choose among bank"),
+        (["--contrast", "lens"], "unknown contrast 'lens': choose among bank, batch, none"),
+        (["--contrast", "batch", "--negatives", "8"], "--negatives: only contrast over memory banks draws them"),
         (["--method", "dml", "--contrast", "bank"], "--method dml has no --contrast bank"),
         (["--peers", "1"], "--method mcl-okd needs two peers at least, not --peers 1"),
         (["--validation", "0"], "--validation 0.0 is not a share between 0 and 1"),
@@ -281,6 +304,14 @@ def test_banks_need_equal_shares_of_the_batch(monkeypatch):
     with pytest.raises(UserError, match="batch-size 63 cannot be shared equally by 2"):
         DistillationRecipe(batch_size=63).network("tiny", data)
     assert DistillationRecipe(contrast="none").network("tiny", data).contrast is None
+
+
+def test_peers_that_cannot_be_spread_equally_are_refused():
+    recipe = DistillationRecipe(num_peers=3, spread_peers=True)
+    with pytest.raises(UserError, match="--spread-peers: 3 peers cannot be spread equally over 2 processes"):
+        recipe.placement(SimpleNamespace(global_rank=0, world_size=2))
+    assert type(recipe.placement(SimpleNamespace(global_rank=0, world_size=1))) is DataParallel
+    assert recipe.placement(SimpleNamespace(global_rank=1, world_size=3)).processes == 1
 
 
 def test_options_of_mcl_okd_are_refused_by_hcgnet(capsys):

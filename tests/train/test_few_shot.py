@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
 
+from pyext.train import few_shot
 from pyext.train.errors import UserError
 from pyext.train.few_shot import Episodes, FewShotScores, evaluate
 
@@ -32,6 +36,37 @@ def test_features_without_meaning_are_right_by_chance(probe):
     features = torch.randn(2000, 16, generator=torch.Generator().manual_seed(1))
     scores = evaluate(features, labels, Episodes(count=150, probe=probe))
     assert abs(scores.mean - 1 / 5) < 2 * scores.interval < 0.1
+
+
+def _one_by_one(features, labels, asked):
+    """The accuracies by scikit-learn, one episode after the other, of the same draws."""
+    rows = [(labels == c).nonzero()[:, 0] for c in labels.unique()]
+    features = F.normalize(features, dim=1).numpy()
+    generator, accuracies = torch.Generator().manual_seed(asked.seed), []
+    way = torch.arange(asked.ways)[:, None]
+    for _ in range(asked.count):
+        drawn = few_shot._draw(rows, asked, generator)
+        shots, queries = drawn[:, : asked.shots], drawn[:, asked.shots :]
+        if asked.probe == "linear":
+            probe = LogisticRegression(tol=1e-10, max_iter=10000)
+            probe.fit(features[shots.flatten()], way.expand_as(shots).flatten())
+            guesses = probe.predict(features[queries.flatten()]).reshape(queries.shape)
+        else:  # of normalised centroids the nearest is that of the largest cosine
+            centroids = features[shots].mean(axis=1)
+            cosines = features[queries] @ (centroids / np.linalg.norm(centroids, axis=1, keepdims=True)).T
+            guesses = cosines.argmax(axis=2)
+        accuracies.append(float((guesses == way.numpy()).mean()))
+    return torch.tensor(accuracies, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("probe", ["centroid", "linear"])
+@pytest.mark.parametrize("shots", [1, 4])
+def test_episodes_together_are_those_one_by_one(probe, shots):
+    asked = Episodes(count=few_shot.TOGETHER + 7, probe=probe, shots=shots)
+    features = 2 * torch.eye(16)[LABELS] + _random()
+    scores = evaluate(features, LABELS, asked)
+    assert 0.3 < scores.mean < 0.9
+    torch.testing.assert_close(scores.accuracies, _one_by_one(features, LABELS, asked), rtol=1e-12, atol=0)
 
 
 def test_length_of_a_feature_counts_only_without_normalisation():
