@@ -1,4 +1,4 @@
-// What the CUDA bindings share: a tensor's device, its stream.
+// What the CUDA bindings share: a tensor's device, its stream, its elements one after the other.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,6 +15,11 @@ using torch::stable::accelerator::DeviceGuard;
 
 inline bool on_device_of(const Tensor& tensor, const Tensor& like) {
   return tensor.is_cuda() && tensor.get_device_index() == like.get_device_index();
+}
+
+// The tensor itself where it is contiguous.
+inline Tensor packed(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
 inline cudaStream_t stream_of(const Tensor& tensor) {

@@ -92,7 +92,7 @@ class CheckedInputs {
     STD_TORCH_CHECK(type == list_type && (type == u_.scalar_type() || type == ScalarType::Float),
                     "gated_excitation: ", list, "[", index,
                     "] has another dtype than u or float32, or than the others of its list");
-    Tensor owned = tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+    Tensor owned = packed(tensor);
     if (type != kernel_type) owned = torch::stable::to(owned, kernel_type);
     owned_.push_back(owned);
     return owned.data_ptr();

@@ -33,7 +33,7 @@ class ModuleTensors {
       if (type == ScalarType::Float) dtype = type;
     }
     for (const Tensor& tensor : tensors) {
-      Tensor owned = tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+      Tensor owned = packed(tensor);
       if (owned.scalar_type() != dtype) owned = torch::stable::to(owned, dtype);
       owned_.push_back(owned);
       data.push_back(owned.data_ptr());

@@ -11,7 +11,7 @@ namespace pyext::cuda {
 inline Tensor contiguous_floats(const Tensor& tensor) {
   const Tensor floats =
       tensor.scalar_type() == ScalarType::Float ? tensor : torch::stable::to(tensor, ScalarType::Float);
-  return floats.is_contiguous() ? floats : torch::stable::contiguous(floats);
+  return packed(floats);
 }
 
 // Addresses and strides of the banks.

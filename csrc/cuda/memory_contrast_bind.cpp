@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor> run_forward(const Tensor& embeddings, const s
   const Inputs in = inputs_of(banks, embeddings, v, indices, temperature);
   const Sizes& s = in.sizes;
   STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long, "memory_contrast: indices must be int64");
-  const Tensor columns = indices.is_contiguous() ? indices : torch::stable::contiguous(indices);
+  const Tensor columns = packed(indices);
   const Tensor loss = torch::stable::new_empty(v, std::vector<int64_t>{});
   const Tensor rows = torch::stable::new_empty(v, {s.batch, s.entries}, ScalarType::Int);
   const Tensor weights = torch::stable::new_empty(v, {s.peers, s.others(), s.batch, s.entries});

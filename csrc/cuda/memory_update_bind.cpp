@@ -19,7 +19,7 @@ void run(const std::vector<Tensor>& bank_list, const Tensor& embeddings, const T
   STD_TORCH_CHECK(on_device_of(index, embeddings) && index.scalar_type() == ScalarType::Long && index.dim() == 1 &&
                       index.size(0) == batch && batch < (int64_t{1} << 31),
                   "memory_update: index must be int64 of shape (batch,) on the device of embeddings");
-  const Tensor rows = index.is_contiguous() ? index : torch::stable::contiguous(index);
+  const Tensor rows = packed(index);
   const Tensor v = contiguous_floats(embeddings);
   update({embeddings.size(0), batch, banks.features, banks.rows, banks.dtype, banks.data.data(), banks.pitch.data(),
           static_cast<const float*>(v.data_ptr()), static_cast<const int64_t*>(rows.data_ptr()),

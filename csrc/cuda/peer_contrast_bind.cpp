@@ -49,8 +49,6 @@ Inputs inputs_of(const Tensor& x, const Tensor& labels, double temperature, doub
           soft_temperature};
 }
 
-Tensor contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
-
 Tensor workspace(const Tensor& like, size_t bytes) {
   return torch::stable::new_empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
 }
@@ -58,7 +56,7 @@ Tensor workspace(const Tensor& like, size_t bytes) {
 std::tuple<Tensor, Tensor> run_forward(const Tensor& embeddings, const Tensor& labels, double temperature,
                                        double soft_temperature, int64_t start, int64_t stop) {
   const DeviceGuard guard(embeddings.get_device_index());
-  const Tensor classes = contiguous(labels);
+  const Tensor classes = packed(labels);
   const Inputs in = inputs_of(embeddings, classes, temperature, soft_temperature, start, stop);
   const Sizes& s = in.sizes;
   const Tensor terms = torch::stable::new_empty(embeddings, {kTerms}, ScalarType::Float);
@@ -72,7 +70,7 @@ std::tuple<Tensor, Tensor> run_forward(const Tensor& embeddings, const Tensor& l
 Tensor run_backward(const Tensor& grad_terms, const Tensor& embeddings, const Tensor& labels, const Tensor& normalisers,
                     double temperature, double soft_temperature, int64_t start, int64_t stop) {
   const DeviceGuard guard(embeddings.get_device_index());
-  const Tensor classes = contiguous(labels);
+  const Tensor classes = packed(labels);
   const Inputs in = inputs_of(embeddings, classes, temperature, soft_temperature, start, stop);
   const Sizes& s = in.sizes;
   STD_TORCH_CHECK(on_device_of(normalisers, embeddings) && normalisers.is_contiguous() &&
@@ -81,7 +79,7 @@ Tensor run_backward(const Tensor& grad_terms, const Tensor& embeddings, const Te
   STD_TORCH_CHECK(on_device_of(grad_terms, embeddings) && grad_terms.numel() == kTerms &&
                       grad_terms.scalar_type() == ScalarType::Float,
                   "peer_contrast_backward: grad_terms must be four float32 numbers on the device of embeddings");
-  const Tensor grads = contiguous(grad_terms);
+  const Tensor grads = packed(grad_terms);
   const Tensor grad = torch::stable::new_empty(embeddings, {s.peers, s.batch, s.features});
   const Tensor space = workspace(embeddings, backward_workspace_bytes(in));
   backward(in, static_cast<const float*>(normalisers.data_ptr()), static_cast<const float*>(grads.data_ptr()),
