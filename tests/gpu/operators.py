@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def on_device(call: Call, differentiable: bool = False) -> Call:
     """Copies on the device under test, of the same strides also where these are those of a slice."""
     leaves = {name: _moved(x).requires_grad_(differentiable) for name, x in call.leaves.items()}
     state, indices = ({name: _moved(x) for name, x in tensors.items()} for tensors in (call.state, call.indices))
-    return Call(leaves, state, indices)
+    return replace(call, leaves=leaves, state=state, indices=indices)
 
 
 def _moved(x: Tensor) -> Tensor:
@@ -86,10 +87,10 @@ def assert_exact(samples: Samples, call: Call, training: bool, actual: dict[str,
     def evaluate(u: Tensor, parameters: list[Tensor], state: list[Tensor]) -> list[Tensor]:
         leaves = [x.detach().clone().requires_grad_(gradient) for x in (u, *parameters)]
         moved = [x.clone() for x in state]
-        plain = Call(
-            dict(zip(call.leaves, leaves, strict=True)),
-            dict(zip(call.state, moved, strict=True)),
-            call.indices,
+        plain = replace(
+            call,
+            leaves=dict(zip(call.leaves, leaves, strict=True)),
+            state=dict(zip(call.state, moved, strict=True)),
         )
         out = samples.reference(plain, training)
         found = [out.detach()]
