@@ -31,6 +31,7 @@ RUNS = {
     "4 by DML": ["--method", "dml"],
     "4 by KD from the ensemble": ["--method", "kd"],
     "4 by MCL-OKD": ["--method", "mcl-okd"],
+    "4 by MCL-OKD, contrast in the batch": ["--method", "mcl-okd", "--contrast", "batch"],
 }
 
 
@@ -41,11 +42,11 @@ def command(options: Sequence[str], seed: int, epochs: int, output: Path) -> lis
     return [sys.executable, "-m", "pyext", "train", "mcl-okd", *fixed, *options, *run]
 
 
-def measure(seeds: int, epochs: int, folder: Path) -> list[dict[str, Any]]:
+def measure(runs: Sequence[str], seeds: int, epochs: int, folder: Path) -> list[dict[str, Any]]:
     """A record per run and seed; seeds outermost, so that whatever else the machine does meets every run alike."""
     records = []
     for seed in range(seeds):
-        for name, options in RUNS.items():
+        for name, options in ((run, RUNS[run]) for run in runs):
             output, start = folder / f"{name.replace(' ', '-')}-{seed}", time.perf_counter()
             subprocess.run(command(options, seed, epochs, output), check=True, stdout=subprocess.DEVNULL)
             summary = json.loads((output / "summary.json").read_text())
@@ -128,15 +129,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.distill", description=__doc__)
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--run", choices=RUNS, help="measure this one alone, and keep the others' records")
     parser.add_argument("--tables", action="store_true", help="from the records of the last measurement")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder (%(default)s)")
     options = parser.parse_args(arguments)
     path = options.output / "distill_digits.json"
     if not options.tables:
         with tempfile.TemporaryDirectory() as folder:
-            records = measure(options.seeds, options.epochs, Path(folder))
+            runs = [options.run] if options.run else list(RUNS)
+            records = measure(runs, options.seeds, options.epochs, Path(folder))
+        machine = facts(torch.device("cpu"))
+        if options.run:
+            before = json.loads(path.read_text())
+            records = [record for record in before["records"] if record["run"] != options.run] + records
+            machine = {**before["machine"], "date": f"{before['machine']['date']} ({options.run}: {machine['date']})"}
         options.output.mkdir(parents=True, exist_ok=True)
-        saved = {"machine": facts(torch.device("cpu")), "epochs": options.epochs, "records": records}
+        saved = {"machine": machine, "epochs": options.epochs, "records": records}
         path.write_text(json.dumps(saved, indent=1) + "\n")
     saved = json.loads(path.read_text())
     path.with_suffix(".md").write_text(report(saved))

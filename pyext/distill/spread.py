@@ -62,8 +62,9 @@ class SpreadPeers(DataParallel):
         """The copy of all peers, brought up to date, and one optimizer state over them."""
         own = self.optimizer.state_dict()
         state = {self.places[i]: entry for i, entry in own["state"].items()}
-        # In the CPU's memory, where any process can read what another has sent.
-        part = _on_cpu((self.network.state_dict(), state))
+        # Banks and heads are the same everywhere. In the CPU's memory, where any process can read what another sent.
+        network = {name: x for name, x in self.network.state_dict().items() if self.first or name.startswith("peers.")}
+        part = _on_cpu((network, state))
         parts: list[Any] | None = [None] * dist.get_world_size() if self.first else None
         dist.gather_object(part, parts)
         if self.whole is None or parts is None:

@@ -50,6 +50,19 @@ def test_tables_and_picture_are_written_from_the_records(tmp_path):
     assert (tmp_path / "distill_digits.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_one_run_measured_alone_leaves_the_records_of_the_others(tmp_path, monkeypatch):
+    saved = {"machine": {"date": "yesterday", "CPU": "an abacus"}, "epochs": 2, "records": RECORDS}
+    (tmp_path / "distill_digits.json").write_text(json.dumps(saved))
+    records = [record("4 by DML", seed, 0.8, 0.9) for seed in (0, 1)]
+    monkeypatch.setattr(distill, "measure", lambda runs, *_: records if runs == ["4 by DML"] else [])
+    monkeypatch.setattr(distill, "facts", lambda _: {"date": "today", "CPU": "another"})
+    distill.main(["--run", "4 by DML", "--output", str(tmp_path)])
+    saved = json.loads((tmp_path / "distill_digits.json").read_text())
+    assert [r for r in saved["records"] if r["run"] != "4 by DML"] == [r for r in RECORDS if r["run"] != "4 by DML"]
+    assert distill.of(saved["records"], "4 by DML", "top1") == [80, 80]
+    assert saved["machine"] == {"date": "yesterday (4 by DML: today)", "CPU": "an abacus"}
+
+
 @pytest.mark.parametrize("run", distill.RUNS)
 def test_every_command_trains(run, tmp_path, monkeypatch):
     epochs = []

@@ -69,7 +69,7 @@ def test_runs_differ_by_seed_and_resume_starts_where_there_is_nothing(train):
 
 
 DISTRIBUTED = """
-import sys, torch
+import os, sys, torch
 from pathlib import Path
 from pyext.train.loop import Settings, Trainer
 from pyext.train.recipe import Recipe
@@ -85,6 +85,8 @@ def watched(images, labels, index):
 trainer._step = watched
 trainer.run()
 torch.save({"state": trainer.network.state_dict(), "seen": seen}, folder / f"rank{trainer.rank}.pt")
+sys.stdout.flush()
+os._exit(0)  # as `pyext.cli.main` ends such a process, and why
 """
 
 
