@@ -133,7 +133,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, cons
                   "bn_relu_conv2d: grad_out differs from the result in shape or dtype");
   const Tensor grad_x = torch::stable::new_empty(x, {s.batch, s.in_channels, s.height, s.width});
   const Tensor grad_norm_weight = new_vector(x, s.in_channels), grad_norm_bias = new_vector(x, s.in_channels);
-  const Tensor grad_conv_weight = new_vector(x, s.weight_numel());
+  const Tensor grad_conv_weight = torch::stable::new_empty(
+      x, {s.out_channels, s.group_inputs(), s.kernel, s.kernel}, accumulate_type(inputs.args.dtype));
   inputs.args.grad_out = map_of(grad_out);
   inputs.args.grad_x = map_of(grad_x);
   inputs.args.grad_norm_weight = grad_norm_weight.data_ptr();

@@ -1,9 +1,10 @@
 """The operators: each file holds one operator's contract (reference, shapes, gradient, choice of backend)."""
 
+from pyext.ops.bn_relu_conv2d import bn_relu_conv2d
 from pyext.ops.gated_excitation import gated_excitation
 from pyext.ops.hybrid_block import hybrid_block
 from pyext.ops.memory_contrast import memory_contrast
 from pyext.ops.memory_update import memory_update
 from pyext.ops.sample_negatives import sample_negatives
 
-__all__ = ["gated_excitation", "hybrid_block", "memory_contrast", "memory_update", "sample_negatives"]
+__all__ = ["bn_relu_conv2d", "gated_excitation", "hybrid_block", "memory_contrast", "memory_update", "sample_negatives"]

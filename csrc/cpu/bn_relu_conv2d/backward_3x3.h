@@ -9,7 +9,7 @@ namespace pyext::cpu::PYEXT_CAPABILITY {
 namespace {
 
 constexpr int64_t kSpatialVectors = 48;         // of positions that one sum of dW should see
-constexpr int64_t kSpatialBytes = 512 * 1024;  // what the planes of the images in work may take
+constexpr int64_t kSpatialBytes = 2048 * 1024;  // what the planes of the images in work may take
 
 template <typename T>
 struct SpatialMemory {

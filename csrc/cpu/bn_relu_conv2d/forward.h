@@ -13,12 +13,18 @@ void run_batch_statistics(const BNReLUConv2d& args, const Host& host) {
   const ConvolutionSizes& s = args.sizes;
   const Extent extent{s.in_channels, s.height, s.width};
   const int64_t pitch = round_up<T>(s.in_channels);
+  T *mean = static_cast<T*>(args.mean), *var = static_cast<T*>(args.var);
+  if (s.batch == 0) {
+    std::fill_n(mean, s.in_channels, T(0));
+    std::fill_n(var, s.in_channels, T(0));
+    return;
+  }
   double* moments = shared<double>(host, 2 * s.batch * pitch);
   parallel_images(host, s.batch, [&](int64_t n) {
     T* scratch = static_cast<T*>(host.scratch(s.in_channels * round_up<T>(s.positions()) * sizeof(T)));
     image_moments(load_image<S>(args.x, n, s.batch, extent, scratch), extent, pitch, moments + 2 * n * pitch);
   });
-  merge_moments(moments, s.batch, extent, pitch, static_cast<T*>(args.mean), static_cast<T*>(args.var));
+  merge_moments(moments, s.batch, extent, pitch, mean, var);
 }
 
 template <typename T>
