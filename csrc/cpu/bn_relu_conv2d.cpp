@@ -42,6 +42,7 @@ class Inputs {
          const Tensor& mean, const Tensor& var, bool training, double eps, int64_t stride, int64_t groups) {
     args.dtype = map_type(x, "x");
     args.parameter_dtype = parameter_type(norm_weight);
+    STD_TORCH_CHECK(eps >= 0, "bn_relu_conv2d: eps is ", eps, ", expected at least 0");
     args.training = training;
     args.eps = eps;
     args.x = map_of(x);
@@ -68,15 +69,15 @@ class Inputs {
   void set_sizes(const Tensor& x, const Tensor& conv_weight, int64_t stride, int64_t groups) {
     STD_TORCH_CHECK(conv_weight.dim() == 4 && groups > 0 && (stride == 1 || stride == 2),
                     "bn_relu_conv2d: expected a weight of four dimensions, groups and a stride of 1 or 2");
-    const Sizes s = args.sizes = {
-        x.size(0), x.size(1), x.size(2), x.size(3), conv_weight.size(0), groups, conv_weight.size(2), stride};
+    const Sizes s = args.sizes = {x.size(0),           x.size(1), x.size(2),           x.size(3),
+                                  conv_weight.size(0), groups,    conv_weight.size(2), stride};
     STD_TORCH_CHECK(s.in_channels > 0 && s.positions() > 0 && s.out_channels > 0,
                     "bn_relu_conv2d: x or conv_weight is empty, expected at least one channel and position");
     STD_TORCH_CHECK(conv_weight.size(3) == s.kernel && (s.kernel == 1 ? groups == 1 && stride == 1 : s.kernel == 3),
                     "bn_relu_conv2d: the kernels have 3x3 convolutions, and 1x1 ones without groups and stride");
-    STD_TORCH_CHECK(s.in_channels % groups == 0 && s.out_channels % groups == 0 &&
-                        conv_weight.size(1) == s.group_inputs(),
-                    "bn_relu_conv2d: conv_weight does not have x's channels in ", groups, " groups");
+    STD_TORCH_CHECK(
+        s.in_channels % groups == 0 && s.out_channels % groups == 0 && conv_weight.size(1) == s.group_inputs(),
+        "bn_relu_conv2d: conv_weight does not have x's channels in ", groups, " groups");
   }
 
   void* data(const Tensor& tensor, int64_t numel, DType dtype, const char* name) {
@@ -133,8 +134,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, cons
                   "bn_relu_conv2d: grad_out differs from the result in shape or dtype");
   const Tensor grad_x = torch::stable::new_empty(x, {s.batch, s.in_channels, s.height, s.width});
   const Tensor grad_norm_weight = new_vector(x, s.in_channels), grad_norm_bias = new_vector(x, s.in_channels);
-  const Tensor grad_conv_weight = torch::stable::new_empty(
-      x, {s.out_channels, s.group_inputs(), s.kernel, s.kernel}, accumulate_type(inputs.args.dtype));
+  const Tensor grad_conv_weight = torch::stable::new_empty(x, {s.out_channels, s.group_inputs(), s.kernel, s.kernel},
+                                                           accumulate_type(inputs.args.dtype));
   inputs.args.grad_out = map_of(grad_out);
   inputs.args.grad_x = map_of(grad_x);
   inputs.args.grad_norm_weight = grad_norm_weight.data_ptr();

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyext.nn.hooks import has_forward_hooks
 from pyext.nn.memory_format import memory_format_of
 from pyext.ops.hybrid_block import OPERATOR, hybrid_block
 
@@ -26,9 +27,9 @@ def run_block(layers: Sequence[Any], x: Tensor, *, stride: int = 1, dense: bool 
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or _autocasts(x):
         return None
-    if not all(_computes_the_operator(layer, stride) for layer in layers) or not _alike(layers):
+    if not are_block(layers, stride, training=False):
         return None
-    tensors = [tensor for layer in layers for tensor in _tensors(layer)]
+    tensors = [tensor for layer in layers for tensor in tensors_of(layer)]
     if not OPERATOR.has_kernel(x, tensors):
         return None
     result = hybrid_block(x, tensors, stride=stride, dense=dense, eps=layers[0]._modules["bn_forget"].eps)
@@ -40,18 +41,17 @@ def _autocasts(x: Tensor) -> bool:
     return torch.is_autocast_enabled(kind) and x.dtype != torch.get_autocast_dtype(kind)
 
 
-def has_forward_hooks(module: Any) -> bool:
-    """Whether calling `module` runs more than its `forward`."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+def are_block(layers: Sequence[Any], stride: int, training: bool) -> bool:
+    """Whether all `layers` say what a block computes, with all normalisations in one mode, and are of one width."""
+    return all(_computes_the_operator(layer, stride, training) for layer in layers) and _alike(layers)
 
 
-def _computes_the_operator(layer: Any, stride: int) -> bool:
+def _computes_the_operator(layer: Any, stride: int, training: bool) -> bool:
     if layer.unfused_reason() is not None:
         return False
-    eps = layer._modules["bn_forget"].eps
-    if layer._modules["bn_forget"].training:  # the gates' four normalisations are alike
+    gate = layer._modules["bn_forget"]  # the gates' four normalisations are alike
+    eps, momentum = gate.eps, gate.momentum
+    if gate.training is not training:
         return False
     for name, taps, pitch in (("conv1_1x1", 1, 1), ("conv2_3x3", 3, stride)):
         cell = layer._modules[name]
@@ -62,8 +62,9 @@ def _computes_the_operator(layer: Any, stride: int) -> bool:
             has_forward_hooks(cell)
             or has_forward_hooks(norm)
             or has_forward_hooks(conv)
-            or norm.training
+            or norm.training is not training
             or norm.eps != eps
+            or (training and norm.momentum != momentum)
             or not norm.affine
         ):
             return False
@@ -87,7 +88,8 @@ def _widths(layer: Any) -> tuple[Any, ...]:
     return first.out_channels, second.out_channels, second.groups, own["fcall"].out_channels, own["fc1"].out_channels
 
 
-def _tensors(layer: Any) -> Iterator[Tensor]:
+def tensors_of(layer: Any) -> Iterator[Tensor]:
+    """One module's tensors in the order of `pyext.ops.hybrid_block.TENSORS`."""
     # Through the dictionaries, for speed; a replica of nn.DataParallel holds its parameters as plain attributes.
     for name in _CELLS:
         cell = layer._modules[name]._modules

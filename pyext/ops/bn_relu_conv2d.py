@@ -64,8 +64,10 @@ def validate(
         raise ValueError(f"bn_relu_conv2d: x has shape {tuple(x.shape)}, expected (N, C, H, W), all but N at least 1")
     if x.dtype not in _DTYPES:
         raise TypeError(f"bn_relu_conv2d: x has dtype {x.dtype}, expected float32, float64, bfloat16 or float16")
-    if stride not in (1, 2) or not eps >= 0:
-        raise ValueError(f"bn_relu_conv2d: stride is {stride} and eps {eps}, expected 1 or 2, and at least 0")
+    if stride not in (1, 2):
+        raise ValueError(f"bn_relu_conv2d: stride is {stride}, expected 1 or 2")
+    if not eps >= 0:
+        raise ValueError(f"bn_relu_conv2d: eps is {eps}, expected at least 0")
     _validate_convolution(x, conv_weight, groups)
     parameters = {"norm_weight": norm_weight, "norm_bias": norm_bias, "conv_weight": conv_weight}
     for name, tensor in parameters.items():
@@ -104,11 +106,11 @@ def _validate_one(
         )
 
 
-def no_cpu(x: Tensor, conv_weight: Tensor, stride: int = 1, groups: int = 1) -> str | None:
+def no_cpu(x: Tensor, conv_weight: Tensor | None = None, stride: int = 1, groups: int = 1) -> str | None:
     """Why the CPU kernel cannot run; None when it can."""
     if x.device.type != "cpu":
         return f"x is on {x.device}, this backend runs on the CPU"
-    if conv_weight.shape[2:] == (1, 1) and (stride != 1 or groups != 1):
+    if conv_weight is not None and conv_weight.shape[2:] == (1, 1) and (stride != 1 or groups != 1):
         return "a 1x1 convolution with stride or groups has no kernel"
     return None
 

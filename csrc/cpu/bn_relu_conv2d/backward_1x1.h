@@ -1,5 +1,5 @@
-// Backward pass of the 1x1 convolution. For a strip of positions, z = relu(BN(x)) is made again; then, in tiles that stay
-// in registers, dz = W^T dy, whose lanes are positions, and dW^T += z dy^T, whose lanes are output channels.
+// Backward pass of the 1x1 convolution. For a strip of positions, z = relu(BN(x)) is made again; then, in tiles that
+// stay in registers, dz = W^T dy, whose lanes are positions, and dW^T += z dy^T, whose lanes are output channels.
 #pragma once
 
 #include "cpu/bn_relu_conv2d/gradients.h"
@@ -7,16 +7,15 @@
 namespace pyext::cpu::PYEXT_CAPABILITY {
 namespace {
 
-constexpr int kOuterRows = 6;  // input channels of a tile of dW^T
-constexpr int kOuterVectors = kTileRegisters / kOuterRows;
+constexpr int kOuterVectors = kTileRegisters / kTileOutputs;
 constexpr int64_t kFlushPositions = 512;  // summed in the accumulate type before they are added in double precision
 
-// to[c][o] += sum_p z[c][p] dy[p][o] for kOuterRows channels c and Vectors vectors of o.
+// to[c][o] += sum_p z[c][p] dy[p][o] for kTileOutputs channels c and Vectors vectors of o.
 template <int Vectors, typename T>
 inline void add_outer_products(const T* z, int64_t z_pitch, const T* dy, int64_t dy_pitch, int64_t positions, T* to) {
-  Vec<T> sum[kOuterRows][Vectors];
+  Vec<T> sum[kTileOutputs][Vectors];
 #pragma GCC unroll 8
-  for (int c = 0; c < kOuterRows; ++c) {
+  for (int c = 0; c < kTileOutputs; ++c) {
 #pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v) sum[c][v] = load<T>(to + c * dy_pitch + v * kLanes<T>);
   }
@@ -25,14 +24,14 @@ inline void add_outer_products(const T* z, int64_t z_pitch, const T* dy, int64_t
 #pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v) gradient[v] = load_once<T>(dy + p * dy_pitch + v * kLanes<T>);
 #pragma GCC unroll 8
-    for (int c = 0; c < kOuterRows; ++c) {
+    for (int c = 0; c < kTileOutputs; ++c) {
       const Vec<T> factor = in_register<T>(splat<T>(z[c * z_pitch + p]));
 #pragma GCC unroll 8
       for (int v = 0; v < Vectors; ++v) sum[c][v] += factor * gradient[v];
     }
   }
 #pragma GCC unroll 8
-  for (int c = 0; c < kOuterRows; ++c) {
+  for (int c = 0; c < kTileOutputs; ++c) {
 #pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v) store<T>(to + c * dy_pitch + v * kLanes<T>, sum[c][v]);
   }
@@ -51,7 +50,7 @@ struct PointwiseMemory {
 
   void carve(Arena& arena, const ConvolutionSizes& s) {
     constexpr int64_t kStrip = kStripVectors * kLanes<T>;
-    rows = (s.in_channels + kOuterRows - 1) / kOuterRows * kOuterRows;
+    rows = round_up_to_tiles(s.in_channels);
     pitch = round_up<T>(s.out_channels);
     x = arena.take<T>(s.in_channels * round_up<T>(s.positions()));
     dy = arena.take<T>(s.out_channels * round_up<T>(s.positions()));
@@ -74,7 +73,7 @@ class PointwiseBackward {
         s_(args.sizes),
         grad_x_(args.grad_x, call_),
         sums_(host, s_.batch, s_.in_channels),
-        transposed_(shared<T>(host, s_.weight_numel())),
+        transposed_(shared<T>(host, round_up_to_tiles(s_.in_channels) * s_.out_channels)),
         tasks_(task_count(host, s_.batch)),
         grad_weight_(shared<double>(host, tasks_ * s_.weight_numel())) {
     for (int64_t c = 0; c < s_.in_channels; ++c) {
@@ -82,6 +81,7 @@ class PointwiseBackward {
         transposed_[c * s_.out_channels + o] = call_.weight()[o * s_.in_channels + c];
       }
     }
+    std::fill(transposed_ + s_.weight_numel(), transposed_ + round_up_to_tiles(s_.in_channels) * s_.out_channels, T(0));
   }
 
   void run() const {
@@ -117,9 +117,9 @@ class PointwiseBackward {
       constexpr int kVectors = decltype(vectors)::value;
       activate<kVectors>(call_.cell, x, first, memory.z_strip);
       copy_strip<kVectors>(dy, first, memory.dy_strip);
-      for_each_tile(Range{0, s_.in_channels}, [&](auto rows, int64_t channel) {
-        add_grad_input<kVectors, decltype(rows)::value>(x, first, channel, memory, dx);
-      });
+      for (int64_t channel = 0; channel < s_.in_channels; channel += kTileOutputs) {
+        add_grad_input<kVectors>(x, first, channel, memory, dx);
+      }
       const T* end = memory.dy_strip + s_.out_channels * kVectors * kL;
       transpose_matrix(memory.dy_strip, kVectors * kL, end, s_.out_channels, kVectors * kL, memory.dy_transposed,
                        memory.pitch);
@@ -139,14 +139,15 @@ class PointwiseBackward {
     }
   }
 
-  template <int Vectors, int Rows>
+  template <int Vectors>
   void add_grad_input(const Image<const T>& x, int64_t first, int64_t channel, const PointwiseMemory<T>& memory,
                       const Image<T>& dx) const {
-    Vec<T> d[Rows][Vectors] = {};
-    multiply<Vectors, Rows>(memory.dy_strip, transposed_ + channel * s_.out_channels, s_.out_channels, d);
+    Vec<T> d[kTileOutputs][Vectors] = {};
+    multiply<Vectors, kTileOutputs>(memory.dy_strip, transposed_ + channel * s_.out_channels, s_.out_channels, d);
 #pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r) {
+    for (int r = 0; r < kTileOutputs; ++r) {
       const int64_t c = channel + r;
+      if (c >= s_.in_channels) break;
       T* at = memory.sums + 2 * c * kL;
       NormSums<T> sums{load<T>(at), load<T>(at + kL)};
 #pragma GCC unroll 8
@@ -164,7 +165,7 @@ class PointwiseBackward {
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const Range range = part_of(vectors, tiles, tile);
       with_constant<kOuterVectors>(range.end - range.begin, [&](auto count) {
-        for (int64_t c = 0; c < memory.rows; c += kOuterRows) {
+        for (int64_t c = 0; c < memory.rows; c += kTileOutputs) {
           add_outer_products<decltype(count)::value>(memory.z_strip + c * positions, positions,
                                                      memory.dy_transposed + range.begin * kL, memory.pitch, positions,
                                                      memory.grad_weight + c * memory.pitch + range.begin * kL);
@@ -196,7 +197,7 @@ class PointwiseBackward {
   ConvolutionSizes s_;
   GradientMap<S> grad_x_;
   ImageSums sums_;
-  T* transposed_;  // the weight as in_channels x out_channels
+  T* transposed_;  // the weight as in_channels x out_channels, in whole tiles of rows
   int64_t tasks_;
   double* grad_weight_;  // of every task: in_channels x out_channels
 };

@@ -56,14 +56,16 @@ class SpatialBackward {
         gradient_(GradientPlanes::of<T>(s_, planes_)),
         grad_x_(args.grad_x, call_),
         sums_(host, s_.batch, s_.in_channels),
-        turned_(shared<T>(host, s_.weight_numel())),
+        tiled_inputs_(round_up_to_tiles(s_.group_inputs())),
+        turned_(shared<T>(host, s_.groups * tiled_inputs_ * s_.group_outputs() * kTaps)),
         tasks_(task_count(host, s_.batch)),
         grad_weight_(shared<double>(host, tasks_ * s_.weight_numel())) {
     const int64_t inputs = s_.group_inputs(), outputs = s_.group_outputs();
+    std::fill_n(turned_, s_.groups * tiled_inputs_ * outputs * kTaps, T(0));
     for (int64_t channel = 0; channel < s_.out_channels; ++channel) {
       const int64_t group = channel / outputs, o = channel % outputs;
       for (int64_t i = 0; i < inputs; ++i) {
-        std::memcpy(turned_ + ((group * inputs + i) * outputs + o) * kTaps,
+        std::memcpy(turned_ + ((group * tiled_inputs_ + i) * outputs + o) * kTaps,
                     call_.weight() + (channel * inputs + i) * kTaps, kTaps * sizeof(T));
       }
     }
@@ -103,31 +105,29 @@ class SpatialBackward {
     T* to = memory.dy_planes + gradient_.origin + slot * memory.dy_image;
     for (int64_t o = 0; o < s_.out_channels; ++o) {
       for (int64_t y = 0; y < s_.out_height(); ++y) {
-        copy_row(dy.row(o) + y * s_.out_width(), to + o * gradient_.channel + y * gradient_.pitch, s_.out_width());
+        std::memcpy(to + o * gradient_.channel + y * gradient_.pitch, dy.row(o) + y * s_.out_width(),
+                    s_.out_width() * sizeof(T));
       }
     }
     const int64_t inputs = s_.group_inputs();
     for (int64_t group = 0; group < s_.groups; ++group) {
       const T* from = to + group * s_.group_outputs() * gradient_.channel;
-      for_each_tile(Range{group * inputs, (group + 1) * inputs}, [&](auto outputs, int64_t channel) {
-        constexpr int kOutputs = decltype(outputs)::value;
-        spread_tile<kOutputs>(from, channel, memory.back_planes);
-        for (int i = 0; i < kOutputs; ++i) {
-          read_planes(planes_, memory.back_planes + i * back_pitch(), s_.height, memory.row);
-          normalise_back(n, channel + i, x, memory.row);
+      for (int64_t i = 0; i < inputs; i += kTileOutputs) {
+        spread_tile(from, turned_ + (group * tiled_inputs_ + i) * s_.group_outputs() * kTaps, memory.back_planes);
+        for (int64_t r = 0; r < kTileOutputs && i + r < inputs; ++r) {
+          read_planes(planes_, memory.back_planes + r * back_pitch(), s_.height, memory.row);
+          normalise_back(n, group * inputs + i + r, x, memory.row);
         }
-      });
+      }
     }
   }
 
   int64_t back_pitch() const { return planes_.channel + kMostVectors * kLanes<T>; }
 
-  // dz of Outputs input channels from `channel` on, in all their planes.
-  template <int Outputs>
-  void spread_tile(const T* dy, int64_t channel, T* to) const {
-    constexpr int kVectors = tile_vectors(Outputs);
+  // dz of a tile of input channels in all their planes, by their weights.
+  void spread_tile(const T* dy, const T* weight, T* to) const {
+    constexpr int kVectors = tile_vectors(kTileOutputs);
     constexpr int64_t kLength = kVectors * kLanes<T>;
-    const T* weight = turned_ + channel * s_.group_outputs() * kTaps;
     for (int64_t plane = 0; plane < s_.stride * s_.stride; ++plane) {
       const int64_t row_parity = plane / s_.stride, column_parity = plane % s_.stride;
       const ReachingTaps taps(row_parity, column_parity, s_.stride, gradient_.pitch);
@@ -137,8 +137,8 @@ class SpatialBackward {
       for (int64_t first = begin; first < end; first += kLength) {
         const int64_t count = std::min(end - first, kLength);
         with_constant<kVectors>((count + kLanes<T> - 1) / kLanes<T>, [&](auto vectors) {
-          spread_back<decltype(vectors)::value, Outputs>(dy + first, gradient_.channel, s_.group_outputs(), taps,
-                                                         weight, to + plane * planes_.size + first, back_pitch());
+          spread_back<decltype(vectors)::value>(dy + first, gradient_.channel, s_.group_outputs(), taps, weight,
+                                                to + plane * planes_.size + first, back_pitch());
         });
       }
     }
@@ -194,7 +194,8 @@ class SpatialBackward {
   GradientPlanes gradient_;
   GradientMap<S> grad_x_;
   ImageSums sums_;
-  T* turned_;  // the weight as [in_channels][group_outputs][kTaps]
+  int64_t tiled_inputs_;  // of a group, in whole tiles
+  T* turned_;             // the weight as [groups][tiled_inputs_][group_outputs][kTaps]
   int64_t tasks_;
   double* grad_weight_;  // of every task
 };

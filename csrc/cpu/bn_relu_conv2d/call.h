@@ -56,6 +56,10 @@ inline void parallel_ranges(const Host& host, int64_t batch, Work work) {
   parallel(host, tasks, [&](int64_t task) { work(part_of(batch, tasks, task), task); });
 }
 
+constexpr int64_t round_up_to_tiles(int64_t channels) {
+  return (channels + kTileOutputs - 1) / kTileOutputs * kTileOutputs;
+}
+
 // Calls work(constant vectors, first position) for strips of at most kStripVectors vectors.
 template <typename T, typename Work>
 inline void for_each_strip(int64_t positions, Work work) {

@@ -52,7 +52,9 @@ class ForwardPass {
 
  public:
   ForwardPass(const BNReLUConv2d& args, const Host& host)
-      : call_(args, host), s_(args.sizes), planes_(separate_planes<T>(s_)) {}
+      : call_(args, host), s_(args.sizes), planes_(separate_planes<T>(s_)) {
+    if (s_.kernel == 1) pad_weight();
+  }
 
   void run() const {
     parallel_ranges(call_.host, s_.batch, [&](Range images, int64_t) {
@@ -82,25 +84,36 @@ class ForwardPass {
     if (!direct) store_image<S>(Image<const T>{out.data, out.pitch}, to, n, call_.out_extent());
   }
 
+  // Whole tiles of output channels, so that one instance of the product serves all.
+  void pad_weight() {
+    const int64_t rows = round_up_to_tiles(s_.out_channels);
+    padded_ = shared<T>(call_.host, rows * s_.in_channels);
+    std::memcpy(padded_, call_.weight(), s_.weight_numel() * sizeof(T));
+    std::fill(padded_ + s_.weight_numel(), padded_ + rows * s_.in_channels, T(0));
+  }
+
   // The 1x1 convolution, strip by strip of positions.
   void project(const Image<const T>& x, T* strip, const Image<T>& out) const {
     for_each_strip<T>(s_.positions(), [&](auto vectors, int64_t first) {
       constexpr int kVectors = decltype(vectors)::value;
       activate<kVectors>(call_.cell, x, first, strip);
-      for_each_tile(Range{0, s_.out_channels}, [&](auto outputs, int64_t channel) {
-        constexpr int kOutputs = decltype(outputs)::value;
-        Vec<T> sum[kOutputs][kVectors] = {};
-        multiply<kVectors, kOutputs>(strip, call_.weight() + channel * s_.in_channels, s_.in_channels, sum);
-        for (int o = 0; o < kOutputs; ++o) {
+      for (int64_t channel = 0; channel < s_.out_channels; channel += kTileOutputs) {
+        Vec<T> sum[kTileOutputs][kVectors] = {};
+        multiply<kVectors, kTileOutputs>(strip, padded_ + channel * s_.in_channels, s_.in_channels, sum);
+#pragma GCC unroll 8
+        for (int o = 0; o < kTileOutputs; ++o) {
+          if (channel + o >= s_.out_channels) break;
+#pragma GCC unroll 8
           for (int v = 0; v < kVectors; ++v) store<T>(out.row(channel + o) + first + v * kLanes<T>, sum[o][v]);
         }
-      });
+      }
     });
   }
 
   Convolution<T> call_;
   ConvolutionSizes s_;
   Planes planes_;
+  T* padded_ = nullptr;  // the weight of a 1x1 convolution
 };
 
 }  // namespace

@@ -38,22 +38,22 @@ struct ReachingTaps {
   }
 };
 
-// One tile of dz in one plane: to[o * to_pitch + p] for Outputs input channels, whose weights are
-// [Outputs][outputs][kTaps].
-template <int Vectors, int Outputs, typename T>
+// One tile of dz in one plane: to[i * to_pitch + p] for kTileOutputs input channels i, whose weights are
+// [kTileOutputs][outputs][kTaps].
+template <int Vectors, typename T>
 inline void spread_back(const T* dy, int64_t channel, int64_t outputs, const ReachingTaps& taps, const T* weight, T* to,
                         int64_t to_pitch) {
-  Vec<T> sum[Outputs][Vectors] = {};
+  Vec<T> sum[kTileOutputs][Vectors] = {};
   for (int64_t o = 0; o < outputs; ++o) {
     for (int t = 0; t < taps.count; ++t) {
-      add_products<Vectors, Outputs>(dy + o * channel + taps.offset[t], weight + o * kTaps + taps.index[t],
-                                     outputs * kTaps, sum);
+      add_products<Vectors, kTileOutputs>(dy + o * channel + taps.offset[t], weight + o * kTaps + taps.index[t],
+                                          outputs * kTaps, sum);
     }
   }
 #pragma GCC unroll 8
-  for (int o = 0; o < Outputs; ++o) {
+  for (int i = 0; i < kTileOutputs; ++i) {
 #pragma GCC unroll 8
-    for (int v = 0; v < Vectors; ++v) store<T>(to + o * to_pitch + v * kLanes<T>, sum[o][v]);
+    for (int v = 0; v < Vectors; ++v) store<T>(to + i * to_pitch + v * kLanes<T>, sum[i][v]);
   }
 }
 
