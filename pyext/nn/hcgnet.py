@@ -316,7 +316,8 @@ class HybridBlock(nn.Sequential):
         growth_rate: channels that each module adds.
 
     Shape: (N, in_channels, H, W) to (N, in_channels + num_layers * growth_rate, H, W), in the input's memory
-    format where the whole block runs as the operator `hybrid_block` (at inference; NCHW is faster), else in that of
+    format where the whole block runs as the operator `hybrid_block` at inference or by
+    `pyext.nn.hybrid_training.train_block` (NCHW is faster), else in that of
     `pyext.nn.memory_format.to_convolution_format`: channels_last on the CPU.
 
     Elsewhere without gradients one buffer holds the block and each module writes its slice. Source: arXiv 1908.09699.

@@ -1,9 +1,9 @@
 """Training of HCGNet's dense blocks as a whole: one buffer, statistics once per channel, one gradient buffer.
 
-All modules of a block read prefixes of one buffer (N, C + modules * growth, H, W). The batch statistics of a channel are
-computed once, when it is written, and serve every later normalisation; each still moves its own running statistics. The
-backward pass adds the modules' gradients up in one buffer of the same shape. Kept for it are the buffer, and of each
-module the map between its two convolutions, the gates' input and what the gates keep: nothing that is normalised.
+All modules of a block read prefixes of one buffer (N, C + modules * growth, H, W). The batch statistics of a channel
+are computed once, when it is written, and serve every later normalisation; each still moves its own running statistics.
+The backward pass adds the modules' gradients up in one buffer of the same shape. Kept for it are the buffer, and of
+each module the map between its two convolutions, the gates' input and what the gates keep: nothing that is normalised.
 
 Source: HCGNet, arXiv 1908.09699, section 3; memory: arXiv 1707.06990.
 """
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pyext.nn.bn_relu_conv2d import trains_on_the_cpu
 from pyext.nn.hybrid_inference import are_block, tensors_of
+from pyext.nn.memory_format import memory_format_of, trains_on_the_cpu
 from pyext.ops.bn_relu_conv2d import OPERATOR as CONVOLUTION
 from pyext.ops.gated_excitation import OPERATOR as GATES
 from pyext.ops.gated_excitation import PARAMETERS, RUNNING
@@ -45,7 +45,7 @@ class _Cell(NamedTuple):
 def train_block(layers: Sequence[Any], x: Tensor) -> Tensor | None:
     """What `layers`, SMG modules, make of x (N, C, H, W) in training, differentiable once; None where they do not say
     what the block computes (hooks, replaced submodules, modules of different widths), where it would not be faster, or
-    for another device or dtype. NCHW.
+    for another device or dtype. The memory format is kept; NCHW is faster.
     """
     if not trains_on_the_cpu(x) or not are_block(layers, 1, training=True):
         return None
@@ -59,7 +59,7 @@ def train_block(layers: Sequence[Any], x: Tensor) -> Tensor | None:
     norms = [m for layer in layers for m in layer.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     counts: list[Any] = [norm.num_batches_tracked for norm in norms]
     torch._foreach_add_(counts, 1)
-    return result
+    return result.contiguous(memory_format=memory_format_of(x))
 
 
 class _Block(torch.autograd.Function):

@@ -229,7 +229,7 @@ def _statistics(
 def update_running(
     x: Tensor, mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float
 ) -> None:
-    """Move the running statistics towards the batch's mean and unbiased variance, as torch's batch normalisation does."""
+    """Move the running statistics towards the batch's mean and unbiased variance, as torch does."""
     count = x.shape[0] * x.shape[2] * x.shape[3]
     if count == 0:
         return

@@ -92,7 +92,9 @@ def with_bias(block):
     conv.bias = nn.Parameter(torch.ones(conv.out_channels, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("change", [with_hook, with_frozen_norm, with_other_momentum, with_cumulative_average, with_bias])
+@pytest.mark.parametrize(
+    "change", [with_hook, with_frozen_norm, with_other_momentum, with_cumulative_average, with_bias]
+)
 def test_a_block_that_is_no_longer_uniform_trains_by_its_parts(change):
     module, x = draw_parameters(HybridBlock(2, 6, 4, 8).double()), torch.randn(4, 6, 5, 6, dtype=torch.float64)
     change(module)

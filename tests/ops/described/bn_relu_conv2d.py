@@ -42,9 +42,7 @@ def draw_case(draw: Any, dtype: torch.dtype) -> Case:
     if _one_value(layer):
         training, statistics = False, True
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    inputs, states = make_layer(
-        layer, dtype, draw(st.sampled_from([dtype, wide])), seed=draw(st.integers(0, 2**31))
-    )
+    inputs, states = make_layer(layer, dtype, draw(st.sampled_from([dtype, wide])), seed=draw(st.integers(0, 2**31)))
     options = {
         "training": training,
         "momentum": draw(st.sampled_from([0.1, 1.0])),
