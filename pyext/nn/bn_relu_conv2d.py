@@ -22,7 +22,7 @@ class BNReLUConv2d(nn.Module):
     Submodules (and state-dict names): ``norm``, a BatchNorm2d, and ``conv``, a Conv2d. Where they do not say what the
     operator computes (hooks, replaced submodules, another padding), or it would not be faster, they run one by one.
 
-    Shape: (N, in_channels, H, W) to (N, out_channels, H', W'), in the input's memory format from the operator (NCHW is faster).
+    Shape: (N, in_channels, H, W) to (N, out_channels, H', W'); the operator keeps the memory format (NCHW is faster).
 
     Source: arXiv 1603.05027.
     """
