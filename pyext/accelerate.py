@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pyext import _backend
 from pyext.nn import SMG, GatedExcitation, HybridBlock, Transition
-from pyext.nn.hcgnet import PreActivation
+from pyext.nn.bn_relu_conv2d import BNReLUConv2d
 
 _FUSED = (GatedExcitation, HybridBlock, SMG, Transition)
 _PREACTIVATIONS = ("conv1_1x1", "conv2_3x3", "conv_3x3", "conv_5x5")
@@ -373,8 +373,8 @@ def _fuse(module: Any, verdict: _Verdict) -> Any:
     return fused
 
 
-def _fuse_preactivation(module: Any) -> PreActivation:
-    fused = _like(module, PreActivation)
+def _fuse_preactivation(module: Any) -> BNReLUConv2d:
+    fused = _like(module, BNReLUConv2d)
     for name, child in module._modules.items():
         if name != "relu":
             fused.add_module(name, child)

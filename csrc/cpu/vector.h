@@ -143,6 +143,12 @@ inline Vec<T> odd_lanes(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
   return __builtin_shuffle(a, b, IndexVec<T>{(2 * I + 1)...});
 }
 
+// Lanes of a and b in turn, from lane First of both on.
+template <typename T, int First, int... I>
+inline Vec<T> alternate(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
+  return __builtin_shuffle(a, b, IndexVec<T>{(First + I / 2 + (I & 1) * kLanes<T>)...});
+}
+
 // Lane i of the result is the sum of the lanes of v[i]; v is overwritten.
 template <typename T, int Count = kLanes<T>>
 inline Vec<T> sum_lanes_of_each(Vec<T> (&v)[kLanes<T>]) {

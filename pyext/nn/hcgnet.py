@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyext.nn.bn_relu_conv2d import BNReLUConv2d
 from pyext.nn.drop_block import DropBlock2d
-from pyext.nn.hybrid_inference import has_forward_hooks, run_block
+from pyext.nn.hooks import has_forward_hooks
+from pyext.nn.hybrid_inference import layers_of, run_block
+from pyext.nn.hybrid_training import train_block
 from pyext.nn.memory_format import memory_format_of, to_convolution_format
 from pyext.ops.gated_excitation import gated_excitation
 
@@ -24,59 +27,6 @@ def _check_map(owner: nn.Module, x: Tensor, channels: int) -> None:
             f"{type(owner).__name__}: input has shape {tuple(x.shape)}, expected (N, {channels}, H, W) "
             "with at least one position"
         )
-
-
-class PreActivation(nn.Module):
-    """BatchNorm2d, ReLU, Conv2d without bias. Shape: (N, C_in, H, W) to (N, C_out, H', W')."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **convolution: Any,
-    ) -> None:
-        super().__init__()
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm = nn.BatchNorm2d(in_channels, **factory)
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, bias=False, **convolution, **factory)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(self._activate(x))
-
-    def _activate(self, x: Tensor) -> Tensor:
-        if self._reads_slice(x):
-            return _normalised_slice(x, self.norm).relu_()
-        normalised = self.norm(x)
-        return torch.relu(x) if normalised is x else torch.relu_(normalised)
-
-    def _reads_slice(self, x: Tensor) -> bool:
-        """Whether x is a channel slice that torch's batch normalisation would copy before it reads it."""
-        norm = self.norm
-        return (
-            not torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
-            and type(norm) is nn.BatchNorm2d
-            and not norm.training
-            and norm.affine
-            and norm.running_mean is not None
-            and x.dtype == norm.weight.dtype
-            and x.dtype in (torch.float32, torch.float64)
-            and x.stride(1) == 1
-            and not x.is_contiguous(memory_format=torch.channels_last)
-            and not has_forward_hooks(norm)
-        )
-
-
-def _normalised_slice(x: Tensor, norm: Any) -> Tensor:
-    # gamma (x - mean) / sqrt(var + eps) + beta = scale x + (beta - mean scale): torch's own form on the CPU.
-    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-    shift = torch.addcmul(norm.bias, norm.running_mean, scale, value=-1)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    return torch.addcmul(shift.view(1, -1, 1, 1), x, scale.view(1, -1, 1, 1), out=out)
 
 
 _GATE_LEAVES = (
@@ -124,8 +74,8 @@ class _Gates(nn.Module):
             )
         self.reduction_factor = reduction_factor
         self.forget_factor = forget_factor
-        self.conv_3x3 = PreActivation(channels, channels, 3, padding=1, groups=channels, **factory)
-        self.conv_5x5 = PreActivation(channels, channels, 3, padding=2, dilation=2, groups=channels, **factory)
+        self.conv_3x3 = BNReLUConv2d(channels, channels, 3, padding=1, groups=channels, **factory)
+        self.conv_5x5 = BNReLUConv2d(channels, channels, 3, padding=2, dilation=2, groups=channels, **factory)
         self.global_context3x3 = nn.Conv2d(channels, 1, 1, **factory)
         self.global_context5x5 = nn.Conv2d(channels, 1, 1, **factory)
         self.fcall = nn.Conv2d(2 * channels, attention, 1, **factory)
@@ -150,7 +100,7 @@ class _Gates(nn.Module):
     def _branches_reason(self) -> str | None:
         for name in _DILATION:
             branch = self._modules[name]
-            if type(branch) is not PreActivation or has_forward_hooks(branch):
+            if type(branch) is not BNReLUConv2d or has_forward_hooks(branch):
                 return f"{name} was replaced or has hooks"
         return None
 
@@ -325,8 +275,8 @@ class SMG(_Gates):
         width = int(bn_size * growth_rate)
         self.in_channels = in_channels
         self.growth_rate = growth_rate
-        self.conv1_1x1 = PreActivation(in_channels, width, 1, **factory)
-        self.conv2_3x3 = PreActivation(width, growth_rate, 3, padding=1, groups=groups, **factory)
+        self.conv1_1x1 = BNReLUConv2d(in_channels, width, 1, **factory)
+        self.conv2_3x3 = BNReLUConv2d(width, growth_rate, 3, padding=1, groups=groups, **factory)
         self._add_gates(growth_rate, reduction_factor, forget_factor, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -368,7 +318,8 @@ class HybridBlock(nn.Sequential):
         growth_rate: channels that each module adds.
 
     Shape: (N, in_channels, H, W) to (N, in_channels + num_layers * growth_rate, H, W), in the input's memory
-    format where the whole block runs as the operator `hybrid_block` (at inference; NCHW is faster), else in that of
+    format where the whole block runs as the operator `hybrid_block` at inference or by
+    `pyext.nn.hybrid_training.train_block` (NCHW is faster), else in that of
     `pyext.nn.memory_format.to_convolution_format`: channels_last on the CPU.
 
     Elsewhere without gradients one buffer holds the block and each module writes its slice. Source: arXiv 1908.09699.
@@ -395,7 +346,7 @@ class HybridBlock(nn.Sequential):
         first: Any = next(iter(self._modules.values()), None)
         if type(first) is SMG:
             _check_map(first, x, first.in_channels)
-        result = run_block(self, x)
+        result = train_block(layers_of(self), x) if torch.is_grad_enabled() else run_block(self, x)
         if result is not None:
             return result
         x = to_convolution_format(x)
@@ -455,8 +406,8 @@ class Transition(_Gates):
         width = in_channels - (in_channels - out_channels) // 2
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.conv1_1x1 = PreActivation(in_channels, width, 1, **factory)
-        self.conv2_3x3 = PreActivation(width, out_channels, 3, stride=stride, padding=1, **factory)
+        self.conv1_1x1 = BNReLUConv2d(in_channels, width, 1, **factory)
+        self.conv2_3x3 = BNReLUConv2d(width, out_channels, 3, stride=stride, padding=1, **factory)
         self._add_gates(out_channels, reduction_factor, forget_factor, **factory)
         self.dropblock: Any = DropBlock2d() if drop_block else None
         # The published networks' DropBlock takes its probability from a counter whenever the module runs.

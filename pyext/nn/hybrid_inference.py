@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyext._C import unchanged
+from pyext.nn.hooks import has_forward_hooks
 from pyext.nn.memory_format import memory_format_of
 from pyext.ops.hybrid_block import OPERATOR, hybrid_block
 
@@ -63,19 +64,19 @@ def run_block(owner: nn.Module, x: Tensor, *, stride: int = 1, dense: bool = Tru
 
 def _look(owner: Any, stride: int) -> _Seen | None:
     """Everything that tells whether the operator computes what `owner` does; None where it does not."""
-    layers = _layers(owner)
-    if not layers or not all(_computes_the_operator(layer, stride) for layer in layers) or not _alike(layers):
+    layers = layers_of(owner)
+    if not are_block(layers, stride, training=False):
         return None
     # Of the owner, its submodules alone: with a reference to itself it would never be collected.
     nested = [layer for layer in layers if layer is not owner]
     parts = (*nested, *(part for layer in layers for part in _parts(layer)))
     dictionaries = (owner._modules, *(held for part in parts for held in _dictionaries(part)))
     items = tuple(tuple(itertools.chain.from_iterable(held.items())) for held in dictionaries)
-    tensors = [tensor for layer in layers for tensor in _tensors(layer)]
+    tensors = [tensor for layer in layers for tensor in tensors_of(layer)]
     return _Seen(dictionaries, items, parts, tuple(map(type, parts)), tensors, layers[0]._modules["bn_forget"].eps)
 
 
-def _layers(owner: Any) -> list[Any]:
+def layers_of(owner: Any) -> list[Any]:
     """The layers of a block; none where one of them is more or other than the block put there."""
     if not isinstance(owner, nn.Sequential):
         return [owner]
@@ -101,18 +102,20 @@ def _autocasts(x: Tensor) -> bool:
     return torch.is_autocast_enabled(kind) and x.dtype != torch.get_autocast_dtype(kind)
 
 
-def has_forward_hooks(module: Any) -> bool:
-    """Whether calling `module` runs more than its `forward`."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+def are_block(layers: Sequence[Any], stride: int, training: bool) -> bool:
+    """Whether all `layers`, at least one, say what a block computes, with all normalisations in one mode, and are of one
+    width."""
+    return (
+        len(layers) > 0 and all(_computes_the_operator(layer, stride, training) for layer in layers) and _alike(layers)
     )
 
 
-def _computes_the_operator(layer: Any, stride: int) -> bool:
+def _computes_the_operator(layer: Any, stride: int, training: bool) -> bool:
     if layer.unfused_reason() is not None:
         return False
-    eps = layer._modules["bn_forget"].eps
-    if layer._modules["bn_forget"].training:  # the gates' four normalisations are alike
+    gate = layer._modules["bn_forget"]  # the gates' four normalisations are alike
+    eps, momentum = gate.eps, gate.momentum
+    if gate.training is not training:
         return False
     for name, taps, pitch in (("conv1_1x1", 1, 1), ("conv2_3x3", 3, stride)):
         cell = layer._modules[name]
@@ -123,8 +126,9 @@ def _computes_the_operator(layer: Any, stride: int) -> bool:
             has_forward_hooks(cell)
             or has_forward_hooks(norm)
             or has_forward_hooks(conv)
-            or norm.training
+            or norm.training is not training
             or norm.eps != eps
+            or (training and norm.momentum != momentum)
             or not norm.affine
         ):
             return False
@@ -148,7 +152,8 @@ def _widths(layer: Any) -> tuple[Any, ...]:
     return first.out_channels, second.out_channels, second.groups, own["fcall"].out_channels, own["fc1"].out_channels
 
 
-def _tensors(layer: Any) -> Iterator[Tensor]:
+def tensors_of(layer: Any) -> Iterator[Tensor]:
+    """One module's tensors in the order of `pyext.ops.hybrid_block.TENSORS`."""
     # Through the dictionaries, for speed; a replica of nn.DataParallel holds its parameters as plain attributes.
     for name in _CELLS:
         cell = layer._modules[name]._modules

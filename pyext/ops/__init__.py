@@ -1,5 +1,6 @@
 """The operators: each file holds one operator's contract (reference, shapes, gradient, choice of backend)."""
 
+from pyext.ops.bn_relu_conv2d import bn_relu_conv2d
 from pyext.ops.gated_excitation import gated_excitation
 from pyext.ops.hybrid_block import hybrid_block
 from pyext.ops.memory_contrast import memory_contrast
@@ -9,6 +10,7 @@ from pyext.ops.sample_negatives import sample_negatives
 
 __all__ = [
     "PeerContrastTerms",
+    "bn_relu_conv2d",
     "gated_excitation",
     "hybrid_block",
     "memory_contrast",

@@ -58,6 +58,19 @@ inline void split_row(const T* from, T* even, T* odd, int64_t count) {
   }
 }
 
+// The inverse of split_row; reads up to whole vectors.
+template <typename T>
+inline void join_row(const T* even, const T* odd, T* to, int64_t count) {
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes<T>>();
+  for (int64_t i = 0; i < count; i += 2 * kLanes<T>) {
+    const Vec<T> a = load<T>(even + i / 2), b = load<T>(odd + i / 2);
+    const Vec<T> joined[2] = {alternate<T, 0>(a, b, lanes), alternate<T, kLanes<T> / 2>(a, b, lanes)};
+    T pair[2 * kLanes<T>];
+    std::memcpy(pair, joined, sizeof(pair));
+    copy_row(pair, to + i, count - i < 2 * kLanes<T> ? count - i : 2 * kLanes<T>);
+  }
+}
+
 // Positions [first, first + count) of a map of rows of `width`, row by row: visit(offset from first, y, x, count).
 template <typename Visit>
 inline void for_each_row(int64_t first, int64_t count, int64_t width, Visit visit) {

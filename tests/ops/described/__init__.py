@@ -80,6 +80,8 @@ class Description:
     """Inputs whose gradient is 0 by the mathematics, whatever the values."""
     rounded_with: Mapping[str, str] = field(default_factory=dict)
     """Inputs whose exact gradient can be 0, and the input with whose gradient theirs is rounded."""
+    spreads_in: frozenset[torch.dtype] = frozenset()
+    """Dtypes in which plain torch's own kernels carry a NaN to elements that it does not belong to; float32 tells."""
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     free: tuple[int, ...] = ()
     """Dimensions of the main input that may have any size."""

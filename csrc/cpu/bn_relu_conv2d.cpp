@@ -1,0 +1,157 @@
+// bn_relu_conv2d on the CPU: checks that memory safety needs, allocation, dispatch to an instruction set.
+#include "cpu/bn_relu_conv2d.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cpu/capability.h"
+#include "cpu/host.h"
+#include "cpu/tensors.h"
+
+namespace pyext::cpu {
+namespace {
+
+using bn_relu_conv2d::Sizes;
+
+const BNReLUConv2dKernels& kernels() {
+#if defined(__x86_64__)
+  return select(baseline::bn_relu_conv2d_kernels, avx2::bn_relu_conv2d_kernels, avx512::bn_relu_conv2d_kernels);
+#else
+  return baseline::bn_relu_conv2d_kernels;
+#endif
+}
+
+ScalarType accumulate_type(DType dtype) { return dtype == DType::kDouble ? ScalarType::Double : ScalarType::Float; }
+
+DType map_type(const Tensor& map, const char* name) {
+  const std::optional<DType> dtype = dtype_of(map.scalar_type());
+  STD_TORCH_CHECK(map.is_cpu() && map.dim() == 4 && dtype.has_value(), "bn_relu_conv2d: ", name,
+                  " must be a CPU tensor (N, C, H, W) of float32, float64, bfloat16 or float16");
+  return *dtype;
+}
+
+// The arguments that both passes have, and copies of those that are not contiguous.
+class Inputs {
+ public:
+  Inputs(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& conv_weight,
+         const Tensor& mean, const Tensor& var, bool training, double eps, int64_t stride, int64_t groups) {
+    args.dtype = map_type(x, "x");
+    args.parameter_dtype = parameter_type(norm_weight);
+    STD_TORCH_CHECK(eps >= 0, "bn_relu_conv2d: eps is ", eps, ", expected at least 0");
+    args.training = training;
+    args.eps = eps;
+    args.x = map_of(x);
+    set_sizes(x, conv_weight, stride, groups);
+    const Sizes& s = args.sizes;
+    args.norm_weight = data(norm_weight, s.in_channels, args.parameter_dtype, "norm_weight");
+    args.norm_bias = data(norm_bias, s.in_channels, args.parameter_dtype, "norm_bias");
+    args.conv_weight = data(conv_weight, s.weight_numel(), args.parameter_dtype, "conv_weight");
+    const DType wide = args.dtype == DType::kDouble ? DType::kDouble : DType::kFloat;
+    args.mean = data(mean, s.in_channels, wide, "mean");
+    args.var = data(var, s.in_channels, wide, "var");
+  }
+
+  BNReLUConv2d args{};
+
+ private:
+  DType parameter_type(const Tensor& tensor) const {
+    const std::optional<DType> found = dtype_of(tensor.scalar_type());
+    STD_TORCH_CHECK(found == args.dtype || (found == DType::kFloat && args.dtype != DType::kDouble),
+                    "bn_relu_conv2d: norm_weight has another dtype than x or float32");
+    return *found;
+  }
+
+  void set_sizes(const Tensor& x, const Tensor& conv_weight, int64_t stride, int64_t groups) {
+    STD_TORCH_CHECK(conv_weight.dim() == 4 && groups > 0 && (stride == 1 || stride == 2),
+                    "bn_relu_conv2d: expected a weight of four dimensions, groups and a stride of 1 or 2");
+    const Sizes s = args.sizes = {x.size(0),           x.size(1), x.size(2),           x.size(3),
+                                  conv_weight.size(0), groups,    conv_weight.size(2), stride};
+    STD_TORCH_CHECK(s.in_channels > 0 && s.positions() > 0 && s.out_channels > 0,
+                    "bn_relu_conv2d: x or conv_weight is empty, expected at least one channel and position");
+    STD_TORCH_CHECK(conv_weight.size(3) == s.kernel && (s.kernel == 1 ? groups == 1 && stride == 1 : s.kernel == 3),
+                    "bn_relu_conv2d: the kernels have 3x3 convolutions, and 1x1 ones without groups and stride");
+    STD_TORCH_CHECK(
+        s.in_channels % groups == 0 && s.out_channels % groups == 0 && conv_weight.size(1) == s.group_inputs(),
+        "bn_relu_conv2d: conv_weight does not have x's channels in ", groups, " groups");
+  }
+
+  void* data(const Tensor& tensor, int64_t numel, DType dtype, const char* name) {
+    STD_TORCH_CHECK(tensor.is_cpu() && tensor.numel() == numel && dtype_of(tensor.scalar_type()) == dtype,
+                    "bn_relu_conv2d: ", name, " has ", tensor.numel(), " elements, expected ", numel,
+                    " on the CPU, of the other parameters' dtype");
+    if (tensor.is_contiguous()) return tensor.data_ptr();
+    owned_.push_back(torch::stable::contiguous(tensor));
+    return owned_.back().data_ptr();
+  }
+
+  std::vector<Tensor> owned_;
+};
+
+Tensor new_vector(const Tensor& x, int64_t numel) {
+  return torch::stable::new_empty(x, {numel}, accumulate_type(map_type(x, "x")));
+}
+
+std::tuple<Tensor, Tensor> statistics(const Tensor& x) {
+  BNReLUConv2d args{};
+  args.dtype = map_type(x, "x");
+  args.sizes = {x.size(0), x.size(1), x.size(2), x.size(3), 1, 1, 1, 1};
+  STD_TORCH_CHECK(args.sizes.in_channels > 0 && args.sizes.positions() > 0,
+                  "bn_relu_conv2d: x is empty, expected at least one channel and position");
+  args.x = map_of(x);
+  const Tensor mean = new_vector(x, x.size(1)), var = new_vector(x, x.size(1));
+  args.mean = mean.data_ptr();
+  args.var = var.data_ptr();
+  CallMemory memory;
+  kernels().statistics(args, memory.host());
+  return {mean, var};
+}
+
+Tensor forward(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& conv_weight,
+               const Tensor& mean, const Tensor& var, bool training, double eps, int64_t stride, int64_t groups) {
+  Inputs inputs(x, norm_weight, norm_bias, conv_weight, mean, var, training, eps, stride, groups);
+  const Sizes& s = inputs.args.sizes;
+  const Tensor out = torch::stable::new_empty(x, {s.batch, s.out_channels, s.out_height(), s.out_width()});
+  inputs.args.out = map_of(out);
+  CallMemory memory;
+  kernels().forward(inputs.args, memory.host());
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor& x, const Tensor& norm_weight,
+                                                    const Tensor& norm_bias, const Tensor& conv_weight,
+                                                    const Tensor& mean, const Tensor& var, bool training, double eps,
+                                                    int64_t stride, int64_t groups) {
+  Inputs inputs(x, norm_weight, norm_bias, conv_weight, mean, var, training, eps, stride, groups);
+  const Sizes& s = inputs.args.sizes;
+  STD_TORCH_CHECK(map_type(grad_out, "grad_out") == inputs.args.dtype && grad_out.size(0) == s.batch &&
+                      grad_out.size(1) == s.out_channels && grad_out.size(2) == s.out_height() &&
+                      grad_out.size(3) == s.out_width(),
+                  "bn_relu_conv2d: grad_out differs from the result in shape or dtype");
+  const Tensor grad_x = torch::stable::new_empty(x, {s.batch, s.in_channels, s.height, s.width});
+  const Tensor grad_norm_weight = new_vector(x, s.in_channels), grad_norm_bias = new_vector(x, s.in_channels);
+  const Tensor grad_conv_weight = torch::stable::new_empty(x, {s.out_channels, s.group_inputs(), s.kernel, s.kernel},
+                                                           accumulate_type(inputs.args.dtype));
+  inputs.args.grad_out = map_of(grad_out);
+  inputs.args.grad_x = map_of(grad_x);
+  inputs.args.grad_norm_weight = grad_norm_weight.data_ptr();
+  inputs.args.grad_norm_bias = grad_norm_bias.data_ptr();
+  inputs.args.grad_conv_weight = grad_conv_weight.data_ptr();
+  CallMemory memory;
+  kernels().backward(inputs.args, memory.host());
+  return {grad_x, grad_norm_weight, grad_norm_bias, grad_conv_weight};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pyext, CPU, m) {
+  m.impl("bn_relu_conv2d", TORCH_BOX(&forward));
+  m.impl("bn_relu_conv2d_statistics", TORCH_BOX(&statistics));
+  m.impl("bn_relu_conv2d_backward", TORCH_BOX(&backward));
+}
+
+}  // namespace pyext::cpu

@@ -1,0 +1,48 @@
+// What csrc/cpu/bn_relu_conv2d.cpp (checks, allocation, dispatch) hands to csrc/cpu/bn_relu_conv2d_kernel.cpp, which is
+// compiled once per instruction set and therefore includes no torch or container header.
+#pragma once
+
+#include "cpu/kernel.h"
+#include "math/bn_relu_conv2d.h"
+
+namespace pyext::cpu {
+
+struct BNReLUConv2d {
+  bn_relu_conv2d::Sizes sizes;
+  DType dtype;            // of maps
+  DType parameter_dtype;  // dtype or the accumulate type
+  bool training;          // whether mean and var are the batch's, so that gradients flow through them
+  double eps;
+  Map x;
+  const void* norm_weight;
+  const void* norm_bias;
+  const void* conv_weight;
+  // In the accumulate type. `statistics` writes them, the others read them.
+  void* mean;
+  void* var;
+  Map out;
+  Map grad_out;
+  Map grad_x;
+  // In the accumulate type.
+  void* grad_norm_weight;
+  void* grad_norm_bias;
+  void* grad_conv_weight;
+};
+
+struct BNReLUConv2dKernels {
+  void (*statistics)(const BNReLUConv2d&, const Host&);
+  void (*forward)(const BNReLUConv2d&, const Host&);
+  void (*backward)(const BNReLUConv2d&, const Host&);
+};
+
+namespace baseline {
+extern const BNReLUConv2dKernels bn_relu_conv2d_kernels;
+}
+namespace avx2 {
+extern const BNReLUConv2dKernels bn_relu_conv2d_kernels;
+}
+namespace avx512 {
+extern const BNReLUConv2dKernels bn_relu_conv2d_kernels;
+}
+
+}  // namespace pyext::cpu

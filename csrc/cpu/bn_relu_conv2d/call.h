@@ -1,0 +1,93 @@
+// The constants of one call, for both passes.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/bn_relu_conv2d.h"
+#include "cpu/hybrid_block/squeeze.h"
+
+namespace pyext::cpu::PYEXT_CAPABILITY {
+namespace {
+
+using ConvolutionSizes = bn_relu_conv2d::Sizes;
+
+// Sizes in the words of hybrid_block, whose squeeze cell has both convolutions.
+inline BlockSizes block_sizes(const ConvolutionSizes& s) {
+  return {s.batch, s.in_channels, s.height, s.width, 1, s.in_channels, s.out_channels, s.groups, 1, 1, s.stride, false};
+}
+
+template <typename T>
+struct Convolution {
+  const BNReLUConv2d& args;
+  const Host& host;
+  ConvolutionSizes s;
+  Cell<T> cell{};  // of its two normalisations and convolutions the ones that there are
+  T* inverse;      // reciprocal standard deviations
+
+  Convolution(const BNReLUConv2d& args, const Host& host) : args(args), host(host), s(args.sizes) {
+    const T *mean = static_cast<const T*>(args.mean), *var = static_cast<const T*>(args.var);
+    const T* weight = parameter(args.norm_weight, s.in_channels);
+    T* scale = shared<T>(host, s.in_channels);
+    inverse = shared<T>(host, s.in_channels);
+    for (int64_t c = 0; c < s.in_channels; ++c) {
+      inverse[c] = 1 / std::sqrt(var[c] + static_cast<T>(args.eps));
+      scale[c] = weight[c] * inverse[c];
+    }
+    cell.norm1 = cell.norm2 = {mean, parameter(args.norm_bias, s.in_channels), scale};
+    cell.conv1 = cell.conv2 = parameter(args.conv_weight, s.weight_numel());
+    cell.inputs = s.in_channels;
+  }
+
+  const Norm<T>& norm() const { return cell.norm1; }
+  const T* weight() const { return cell.conv1; }
+  Extent in_extent() const { return {s.in_channels, s.height, s.width}; }
+  Extent out_extent() const { return {s.out_channels, s.out_height(), s.out_width()}; }
+
+ private:
+  const T* parameter(const void* data, int64_t numel) const {
+    return as_accumulate<T>(host, data, args.parameter_dtype, numel);
+  }
+};
+
+// Runs work(images) once per thread; every image is in one range.
+template <typename Work>
+inline void parallel_ranges(const Host& host, int64_t batch, Work work) {
+  const int64_t tasks = task_count(host, batch);
+  parallel(host, tasks, [&](int64_t task) { work(part_of(batch, tasks, task), task); });
+}
+
+constexpr int64_t round_up_to_tiles(int64_t channels) {
+  return (channels + kTileOutputs - 1) / kTileOutputs * kTileOutputs;
+}
+
+// Calls work(constant vectors, first position) for strips of at most kStripVectors vectors.
+template <typename T, typename Work>
+inline void for_each_strip(int64_t positions, Work work) {
+  constexpr int64_t kLength = kStripVectors * kLanes<T>;
+  for (int64_t first = 0; first < positions; first += kLength) {
+    const int64_t count = std::min(positions - first, kLength);
+    with_constant<kStripVectors>((count + kLanes<T> - 1) / kLanes<T>, [&](auto vectors) { work(vectors, first); });
+  }
+}
+
+// relu(BN(x)) of one image into the padded planes of its channels.
+template <typename T>
+inline void activate_planes(const Convolution<T>& call, const Planes& planes, const Image<const T>& x, T* row, T* to) {
+  for (int64_t c = 0; c < call.s.in_channels; ++c) {
+    for (int64_t p = 0; p < call.s.positions(); p += kLanes<T>) {
+      store<T>(row + p, call.norm().relu_of(load<T>(x.row(c) + p), c));
+    }
+    write_planes(planes, row, 0, call.s.positions(), to + c * planes.channel);
+  }
+}
+
+// Planes of one channel end in zeros, so that a vector which begins in the last row meets no other channel.
+template <typename T>
+inline Planes separate_planes(const ConvolutionSizes& s) {
+  Planes planes(block_sizes(s));
+  planes.channel += kLanes<T>;
+  return planes;
+}
+
+}  // namespace
+}  // namespace pyext::cpu::PYEXT_CAPABILITY

@@ -1,0 +1,128 @@
+// The two products of a 3x3 convolution's backward pass, on padded planes (csrc/cpu/hybrid_block/planes.h).
+#pragma once
+
+#include "cpu/bn_relu_conv2d/gradients.h"
+
+namespace pyext::cpu::PYEXT_CAPABILITY {
+namespace {
+
+// Gradient of the result in rows of the planes' pitch, zero in between and around: element (y, x) of the result lies at
+// its own place in the planes of the input, so that its taps are offsets there, and negative ones here.
+struct GradientPlanes {
+  int64_t pitch;
+  int64_t channel;
+  int64_t origin;  // of the first element of the first channel
+  int64_t span;    // of a channel's elements
+
+  template <typename T>
+  static GradientPlanes of(const ConvolutionSizes& s, const Planes& planes) {
+    const int64_t rows = s.out_height();
+    return {planes.pitch, (rows + 2) * planes.pitch + kLanes<T>, planes.pitch + kLanes<T>,
+            (rows - 1) * planes.pitch + s.out_width()};
+  }
+};
+
+// The taps that reach one plane of the input, as offsets into the planes of the gradient.
+struct ReachingTaps {
+  int count = 0;
+  int index[kTaps];
+  int64_t offset[kTaps];
+
+  ReachingTaps(int64_t row_parity, int64_t column_parity, int64_t stride, int64_t pitch) {
+    for (int k = 0; k < kTaps; ++k) {
+      const int64_t y = k / 3, x = k % 3;
+      if (y % stride != row_parity || x % stride != column_parity) continue;
+      index[count] = k;
+      offset[count++] = -(y / stride * pitch + x / stride);
+    }
+  }
+};
+
+// One tile of dz in one plane: to[i * to_pitch + p] for kTileOutputs input channels i, whose weights are
+// [kTileOutputs][outputs][kTaps].
+template <int Vectors, typename T>
+inline void spread_back(const T* dy, int64_t channel, int64_t outputs, const ReachingTaps& taps, const T* weight, T* to,
+                        int64_t to_pitch) {
+  Vec<T> sum[kTileOutputs][Vectors] = {};
+  for (int64_t o = 0; o < outputs; ++o) {
+    for (int t = 0; t < taps.count; ++t) {
+      add_products<Vectors, kTileOutputs>(dy + o * channel + taps.offset[t], weight + o * kTaps + taps.index[t],
+                                          outputs * kTaps, sum);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileOutputs; ++i) {
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) store<T>(to + i * to_pitch + v * kLanes<T>, sum[i][v]);
+  }
+}
+
+constexpr int kTapOutputs = 3;                               // output channels of a tile of dW
+constexpr int kTapsAtOnce = kVectorBytes == 64 ? kTaps : 3;  // as accumulators fit
+
+// Adds the sums of the lanes of `sum` to `to`.
+template <typename T, int Count>
+inline void add_lane_sums(const Vec<T> (&sum)[Count], double* to) {
+#pragma GCC unroll 32
+  for (int first = 0; first < Count; first += kLanes<T>) {
+    Vec<T> some[kLanes<T>];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T>; ++i) some[i] = first + i < Count ? sum[first + i] : Vec<T>{};
+    const Vec<T> total = sum_lanes_of_each<T>(some);
+    for (int i = 0; i < kLanes<T> && first + i < Count; ++i) to[i] += total[i];
+    to += kLanes<T>;
+  }
+}
+
+// Several images' planes of one input channel and of Outputs output channels.
+template <typename T>
+struct TapOperands {
+  const T* z;
+  int64_t z_image;
+  const T* dy;
+  int64_t dy_image, dy_channel;
+  int64_t images, span;
+};
+
+// to[o * to_pitch + k] += sum over images and positions of dy[o][p] z[p + tap k].
+template <int Outputs, typename T>
+inline void add_tap_gradients(const TapOperands<T>& in, const int64_t* tap, double* to, int64_t to_pitch) {
+  for (int first = 0; first < kTaps; first += kTapsAtOnce) {
+    Vec<T> sum[Outputs * kTapsAtOnce] = {};
+    for (int64_t n = 0; n < in.images; ++n) {
+      const T *z = in.z + n * in.z_image, *dy = in.dy + n * in.dy_image;
+      for (int64_t p = 0; p < in.span; p += kLanes<T>) {
+        Vec<T> gradient[Outputs];
+#pragma GCC unroll 8
+        for (int o = 0; o < Outputs; ++o) gradient[o] = load_once<T>(dy + o * in.dy_channel + p);
+#pragma GCC unroll 16
+        for (int k = 0; k < kTapsAtOnce; ++k) {
+          const Vec<T> position = load_once<T>(z + tap[first + k] + p);
+#pragma GCC unroll 8
+          for (int o = 0; o < Outputs; ++o) sum[o * kTapsAtOnce + k] += position * gradient[o];
+        }
+      }
+    }
+    double totals[Outputs * kTapsAtOnce] = {};
+    add_lane_sums<T>(sum, totals);
+    for (int o = 0; o < Outputs; ++o) {
+      for (int k = 0; k < kTapsAtOnce; ++k) to[o * to_pitch + first + k] += totals[o * kTapsAtOnce + k];
+    }
+  }
+}
+
+// The inverse of write_planes: the map of one channel from its planes, in rows without gaps.
+template <typename T>
+inline void read_planes(const Planes& planes, const T* channel, int64_t height, T* to) {
+  for (int64_t y = 0; y < height; ++y, to += planes.width) {
+    const T* even = channel + planes.place(y + 1, 1);
+    if (planes.stride == 1) {
+      copy_row(even, to, planes.width);
+    } else {
+      join_row(even, channel + planes.place(y + 1, 2), to, planes.width);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace pyext::cpu::PYEXT_CAPABILITY

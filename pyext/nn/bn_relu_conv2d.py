@@ -1,0 +1,119 @@
+"""BatchNorm2d, ReLU and Conv2d as one module: the layer of pre-activated networks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyext.nn.hooks import has_forward_hooks
+from pyext.nn.memory_format import memory_format_of, trains_on_the_cpu
+from pyext.ops.bn_relu_conv2d import OPERATOR, bn_relu_conv2d
+
+
+class BNReLUConv2d(nn.Module):
+    """conv(relu(norm(x))), the convolution without bias; with gradients on the CPU one operator, `bn_relu_conv2d`.
+
+    Args:
+        in_channels, out_channels, kernel_size: of the convolution.
+        convolution: further arguments of `torch.nn.Conv2d`.
+
+    Submodules (and state-dict names): ``norm``, a BatchNorm2d, and ``conv``, a Conv2d. Where they do not say what the
+    operator computes (hooks, replaced submodules, another padding), or it would not be faster, they run one by one.
+
+    Shape: (N, in_channels, H, W) to (N, out_channels, H', W'); the operator keeps the memory format (NCHW is faster).
+
+    Source: arXiv 1603.05027.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **convolution: Any,
+    ) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm = nn.BatchNorm2d(in_channels, **factory)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, bias=False, **convolution, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        own: Any = self._modules
+        norm, conv = own["norm"], own["conv"]
+        if not _runs_operator(norm, conv, x):
+            return self.conv(self._activate(x))
+        out = bn_relu_conv2d(
+            x,
+            *(norm.weight, norm.bias, conv.weight, norm.running_mean, norm.running_var),
+            training=norm.training,
+            momentum=norm.momentum,
+            eps=norm.eps,
+            stride=conv.stride[0],
+            groups=conv.groups,
+        )
+        if norm.training:
+            norm.num_batches_tracked.add_(1)
+        return out.contiguous(memory_format=memory_format_of(x))
+
+    def _activate(self, x: Tensor) -> Tensor:
+        if self._reads_slice(x):
+            return _normalised_slice(x, self.norm).relu_()
+        normalised = self.norm(x)
+        return torch.relu(x) if normalised is x else torch.relu_(normalised)
+
+    def _reads_slice(self, x: Tensor) -> bool:
+        """Whether x is a channel slice that torch's batch normalisation would copy before it reads it."""
+        norm = self.norm
+        return (
+            not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and type(norm) is nn.BatchNorm2d
+            and not norm.training
+            and norm.affine
+            and norm.running_mean is not None
+            and x.dtype == norm.weight.dtype
+            and x.dtype in (torch.float32, torch.float64)
+            and x.stride(1) == 1
+            and not x.is_contiguous(memory_format=torch.channels_last)
+            and not has_forward_hooks(norm)
+        )
+
+
+def computes_the_operator(norm: Any, conv: Any) -> bool:
+    """Whether the two modules say what `bn_relu_conv2d` computes."""
+    if type(norm) is not nn.BatchNorm2d or type(conv) is not nn.Conv2d:
+        return False
+    if has_forward_hooks(norm) or has_forward_hooks(conv):
+        return False
+    if not norm.affine or not norm.track_running_stats or norm.running_mean is None or norm.momentum is None:
+        return False
+    if conv.bias is not None or conv.padding_mode != "zeros" or conv.stride not in ((1, 1), (2, 2)):
+        return False
+    taps = conv.kernel_size[0]
+    return taps in (1, 3) and (conv.kernel_size, conv.padding, conv.dilation) == (
+        (taps, taps),
+        (taps // 2, taps // 2),
+        (1, 1),
+    )
+
+
+def _runs_operator(norm: Any, conv: Any, x: Tensor) -> bool:
+    if not trains_on_the_cpu(x) or not computes_the_operator(norm, conv):
+        return False
+    # Few channels a group leave the tiles empty: a depthwise convolution is oneDNN's.
+    if conv.groups > 1 and conv.in_channels // conv.groups < 4:
+        return False
+    return x.dtype == norm.weight.dtype and OPERATOR.has_kernel(x, conv.weight, conv.stride[0], conv.groups)
+
+
+def _normalised_slice(x: Tensor, norm: Any) -> Tensor:
+    # gamma (x - mean) / sqrt(var + eps) + beta = scale x + (beta - mean scale): torch's own form on the CPU.
+    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    shift = torch.addcmul(norm.bias, norm.running_mean, scale, value=-1)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return torch.addcmul(shift.view(1, -1, 1, 1), x, scale.view(1, -1, 1, 1), out=out)

@@ -1,0 +1,179 @@
+"""Training of HCGNet's dense blocks as a whole: one buffer, statistics once per channel, one gradient buffer.
+
+All modules of a block read prefixes of one buffer (N, C + modules * growth, H, W). The batch statistics of a channel
+are computed once, when it is written, and serve every later normalisation; each still moves its own running statistics.
+The backward pass adds the modules' gradients up in one buffer of the same shape. Kept for it are the buffer, and of
+each module the map between its two convolutions, the gates' input and what the gates keep: nothing that is normalised.
+
+Source: HCGNet, arXiv 1908.09699, section 3; memory: arXiv 1707.06990.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from pyext.nn.hybrid_inference import are_block, tensors_of
+from pyext.nn.memory_format import memory_format_of, trains_on_the_cpu
+from pyext.ops.bn_relu_conv2d import OPERATOR as CONVOLUTION
+from pyext.ops.gated_excitation import OPERATOR as GATES
+from pyext.ops.gated_excitation import PARAMETERS, RUNNING
+from pyext.ops.hybrid_block import TENSORS, Extents, extents_of
+
+_OPS = torch.ops.pyext
+_GATES = slice(len(TENSORS) - len(PARAMETERS) - len(RUNNING), len(TENSORS) - len(RUNNING))
+_SAVED = 9
+"""Tensors that are kept of each module besides its parameters."""
+
+
+class _Cell(NamedTuple):
+    """What a module's two convolutions read, by the operator's names."""
+
+    norm_weight: Tensor
+    norm_bias: Tensor
+    conv_weight: Tensor
+
+    @staticmethod
+    def of(tensors: Sequence[Tensor], first: int) -> _Cell:
+        return _Cell(tensors[first], tensors[first + 1], tensors[first + 4])
+
+
+def train_block(layers: Sequence[Any], x: Tensor) -> Tensor | None:
+    """What `layers`, SMG modules, make of x (N, C, H, W) in training, differentiable once; None where they do not say
+    what the block computes (hooks, replaced submodules, modules of different widths), where it would not be faster, or
+    for another device or dtype. The memory format is kept; NCHW is faster.
+    """
+    if not trains_on_the_cpu(x) or not are_block(layers, 1, training=True):
+        return None
+    tensors = [tensor for layer in layers for tensor in tensors_of(layer)]
+    if any(tensor.dtype != x.dtype or tensor.device != x.device for tensor in tensors):
+        return None
+    if not CONVOLUTION.has_kernel(x) or not GATES.has_kernel(x) or 0 in x.shape:
+        return None
+    gate = layers[0]._modules["bn_forget"]
+    result = _Block.apply(extents_of(tensors, 1, True), gate.eps, gate.momentum, x, *tensors)
+    norms = [m for layer in layers for m in layer.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    counts: list[Any] = [norm.num_batches_tracked for norm in norms]
+    torch._foreach_add_(counts, 1)
+    return result.contiguous(memory_format=memory_format_of(x))
+
+
+class _Block(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, extents: Extents, eps: float, momentum: float, x: Tensor, *tensors: Tensor) -> Tensor:
+        n, channels, height, width = x.shape
+        total = channels + extents.modules * extents.growth
+        buffer = x.new_empty((n, total, height, width))
+        buffer[:, :channels] = x
+        moments = x.new_empty((2, total))
+        _note_moments(moments, buffer, 0, channels)
+        saved: list[Tensor] = []
+        for module in range(extents.modules):
+            own = tensors[module * len(TENSORS) : (module + 1) * len(TENSORS)]
+            end = channels + extents.growth
+            saved += _run_module(buffer, moments, channels, own, extents, eps, momentum)
+            if module + 1 < extents.modules:
+                _note_moments(moments, buffer, channels, end)
+            channels = end
+        ctx.extents, ctx.eps, ctx.channels = extents, eps, x.shape[1]
+        ctx.save_for_backward(buffer, moments, *tensors, *saved)
+        return buffer
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        extents: Extents = ctx.extents
+        buffer, moments, *rest = ctx.saved_tensors
+        count = extents.modules * len(TENSORS)
+        tensors, saved = rest[:count], rest[count:]
+        grad = grad_out.clone(memory_format=torch.contiguous_format)
+        grads: list[Tensor | None] = [None] * count
+        for module in reversed(range(extents.modules)):
+            channels = ctx.channels + module * extents.growth
+            first = module * len(TENSORS)
+            own, kept = tensors[first : first + len(TENSORS)], saved[module * _SAVED : (module + 1) * _SAVED]
+            for place, value in _module_backward(grad, buffer, moments, channels, own, kept, extents, ctx.eps).items():
+                grads[first + place] = value
+        return None, None, None, grad[:, : ctx.channels], *grads
+
+
+def _note_moments(moments: Tensor, buffer: Tensor, begin: int, end: int) -> None:
+    for row, values in zip(moments, _OPS.bn_relu_conv2d_statistics(buffer[:, begin:end]), strict=True):
+        row[begin:end] = values
+
+
+def _run_module(
+    buffer: Tensor,
+    moments: Tensor,
+    channels: int,
+    tensors: Sequence[Tensor],
+    extents: Extents,
+    eps: float,
+    momentum: float,
+) -> list[Tensor]:
+    """Write the module's channels behind the first `channels` of the buffer; returns what its gradient needs."""
+    mean, var = moments[0, :channels], moments[1, :channels]
+    squeezed = _OPS.bn_relu_conv2d(buffer[:, :channels], *_Cell.of(tensors, 0), mean, var, True, eps, 1, 1)
+    squeezed_moments = _OPS.bn_relu_conv2d_statistics(squeezed)
+    u = _OPS.bn_relu_conv2d(squeezed, *_Cell.of(tensors, 5), *squeezed_moments, True, eps, 1, extents.groups)
+    out, *gates = _OPS.gated_excitation(u, list(tensors[_GATES]), [], True, eps, True)
+    buffer[:, channels : channels + extents.growth] = out
+    _move_running(tensors, (mean, var), squeezed_moments, gates[-2:], u, momentum, extents)
+    return [squeezed, *squeezed_moments, u, *gates]
+
+
+def _move_running(
+    tensors: Sequence[Tensor],
+    moments: tuple[Tensor, Tensor],
+    squeezed: tuple[Tensor, Tensor],
+    gates: Sequence[Tensor],
+    u: Tensor,
+    momentum: float,
+    extents: Extents,
+) -> None:
+    """Move all running statistics of a module as torch's batch normalisation does."""
+    n, positions = u.shape[0], u.shape[0] * u.shape[2] * u.shape[3]
+    spatial, vectors = positions / (positions - 1), n / (n - 1)
+    (mean, var), (hidden_mean, hidden_var) = gates
+    split = (extents.forget, extents.attention)
+    forget_mean, attention_mean = hidden_mean.split(split)
+    forget_var, attention_var = (hidden_var * vectors).split(split)
+    old, new = [*tensors[2:4], *tensors[7:9]], [moments[0], moments[1] * spatial, squeezed[0], squeezed[1] * spatial]
+    old += tensors[_GATES.stop :]
+    new += [mean, var * spatial] * 2 + [attention_mean, attention_var, forget_mean, forget_var]
+    torch._foreach_lerp_(old, new, momentum)
+
+
+def _module_backward(
+    grad: Tensor,
+    buffer: Tensor,
+    moments: Tensor,
+    channels: int,
+    tensors: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    extents: Extents,
+    eps: float,
+) -> dict[int, Tensor]:
+    """Add the gradient of what the module reads to the first `channels` of `grad`; returns its parameters' gradients
+    by their places in `TENSORS`."""
+    squeezed, mean, var, u, *gates = kept
+    grad_gates = grad[:, channels : channels + extents.growth]
+    parameters = list(tensors[_GATES])
+    grad_u, flat = _OPS.gated_excitation_backward(grad_gates, u, parameters, [], *gates, True, eps)
+    cell = _Cell.of(tensors, 5)
+    grad_squeezed, *second = _OPS.bn_relu_conv2d_backward(
+        grad_u, squeezed, *cell, mean, var, True, eps, 1, extents.groups
+    )
+    known = moments[0, :channels], moments[1, :channels]
+    grad_x, *first = _OPS.bn_relu_conv2d_backward(
+        grad_squeezed, buffer[:, :channels], *_Cell.of(tensors, 0), *known, True, eps, 1, 1
+    )
+    grad[:, :channels] += grad_x
+    grads = dict(zip((0, 1, 4, 5, 6, 9), (*first, *second), strict=True))
+    parts = flat.split([p.numel() for p in parameters])
+    views = (part.view(p.shape) for part, p in zip(parts, parameters, strict=True))
+    return grads | dict(enumerate(views, _GATES.start))

@@ -1,0 +1,287 @@
+"""Batch normalisation, ReLU and a convolution of what they give, as one operator in training and evaluation.
+
+    z = relu(norm_weight (x - mean) / sqrt(var + eps) + norm_bias)        out = conv2d(z, conv_weight)
+
+The layers of pre-activated networks (ResNet v2, DenseNet, HCGNet). z is never a tensor: both passes make it from x, in
+cache, so that what is kept for the gradient is x alone. In a dense network x is a prefix of the channels of a buffer
+that all layers share, and the statistics of a channel are the same in every layer that reads it: `statistics` takes
+those that are known.
+
+Sources: arXiv 1603.05027 (pre-activation), 1707.06990 (the normalised maps of dense networks made again).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyext import _backend
+
+_OPS = torch.ops.pyext
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def reference(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    conv_weight: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool = False,
+    momentum: float = 0.0,
+    eps: float = 1e-5,
+    stride: int = 1,
+    groups: int = 1,
+) -> Tensor:
+    """The operator's definition in plain torch; differentiable any number of times. Shapes as in `bn_relu_conv2d`."""
+    z = F.batch_norm(x, running_mean, running_var, norm_weight, norm_bias, training, momentum, eps)
+    return F.conv2d(F.relu(z), conv_weight.to(x.dtype), None, stride, conv_weight.shape[-1] // 2, 1, groups)
+
+
+def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def validate(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    conv_weight: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    stride: int,
+    groups: int,
+    names: tuple[str, str] = ("running_mean", "running_var"),
+) -> None:
+    """Raise TypeError (dtype) or ValueError (all else) naming the argument that is wrong and what was expected.
+
+    `names` are those of `mean` and `var`.
+    """
+    if x.dim() != 4 or 0 in x.shape[1:]:
+        raise ValueError(f"bn_relu_conv2d: x has shape {tuple(x.shape)}, expected (N, C, H, W), all but N at least 1")
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"bn_relu_conv2d: x has dtype {x.dtype}, expected float32, float64, bfloat16 or float16")
+    if stride not in (1, 2):
+        raise ValueError(f"bn_relu_conv2d: stride is {stride}, expected 1 or 2")
+    if not eps >= 0:
+        raise ValueError(f"bn_relu_conv2d: eps is {eps}, expected at least 0")
+    _validate_convolution(x, conv_weight, groups)
+    parameters = {"norm_weight": norm_weight, "norm_bias": norm_bias, "conv_weight": conv_weight}
+    for name, tensor in parameters.items():
+        _validate_one(x, name, tensor, norm_weight.dtype, (x.dtype, _accumulate_dtype(x.dtype)))
+    for name, statistic in zip(names, (mean, var), strict=True):
+        if statistic is not None:
+            _validate_one(x, name, statistic, statistic.dtype, (x.dtype, _accumulate_dtype(x.dtype)))
+
+
+def _validate_convolution(x: Tensor, conv_weight: Tensor, groups: int) -> None:
+    channels = x.shape[1]
+    if groups < 1 or channels % groups:
+        raise ValueError(f"bn_relu_conv2d: groups is {groups}, expected a divisor of x's {channels} channels")
+    shape = tuple(conv_weight.shape)
+    kernels = ((1, 1), (3, 3))
+    if len(shape) != 4 or shape[1] != channels // groups or shape[2:] not in kernels or not shape[0]:
+        raise ValueError(
+            f"bn_relu_conv2d: conv_weight has shape {shape}, expected (channels, {channels // groups}, k, k) "
+            f"with k 1 or 3, for x's {channels} channels in {groups} groups"
+        )
+    if shape[0] % groups:
+        raise ValueError(f"bn_relu_conv2d: conv_weight has {shape[0]} output channels, expected a multiple of {groups}")
+
+
+def _validate_one(
+    x: Tensor, name: str, tensor: Tensor, peer: torch.dtype, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    if name != "conv_weight" and tuple(tensor.shape) != (x.shape[1],):
+        raise ValueError(f"bn_relu_conv2d: {name} has shape {tuple(tensor.shape)}, expected ({x.shape[1]},)")
+    if tensor.device != x.device:
+        raise ValueError(f"bn_relu_conv2d: {name} is on {tensor.device}, expected x's device {x.device}")
+    if tensor.dtype not in dtypes or tensor.dtype != peer:
+        raise TypeError(
+            f"bn_relu_conv2d: {name} has dtype {tensor.dtype}, expected x's {dtypes[0]} or {dtypes[1]}, the same for "
+            "all parameters"
+        )
+
+
+def no_cpu(x: Tensor, conv_weight: Tensor | None = None, stride: int = 1, groups: int = 1) -> str | None:
+    """Why the CPU kernel cannot run; None when it can."""
+    if x.device.type != "cpu":
+        return f"x is on {x.device}, this backend runs on the CPU"
+    if conv_weight is not None and conv_weight.shape[2:] == (1, 1) and (stride != 1 or groups != 1):
+        return "a 1x1 convolution with stride or groups has no kernel"
+    return None
+
+
+def no_reference(*_: object) -> str | None:
+    """Plain torch runs anywhere."""
+    return None
+
+
+OPERATOR = _backend.register(
+    _backend.Operator(
+        "bn_relu_conv2d",
+        {"cpu": no_cpu, "reference": no_reference},
+        unwritten=("cuda", "triton"),
+    )
+)
+
+
+def bn_relu_conv2d(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    conv_weight: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    stride: int = 1,
+    groups: int = 1,
+    statistics: tuple[Tensor, Tensor] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """conv2d(relu(batch_norm(x))) with padding ``k // 2``, k the size of the kernel, dilation 1 and no bias.
+
+    Args:
+        x: (N, C, H, W), float32, bfloat16, float16, or (CPU and reference) float64; any strides, such as those of a
+            prefix of the channels of a larger tensor.
+        norm_weight, norm_bias: (C,).
+        conv_weight: (channels, C / groups, k, k), k 1 or 3. The three are of x's dtype or all float32 (float64 for
+            float64 x). Arithmetic accumulates in float32 (float64).
+        running_mean, running_var: (C,), both or none; None stands for batch statistics.
+        training: normalise with batch statistics and update the running ones in place with `momentum`.
+        momentum: weight of the new statistics, as in `torch.nn.BatchNorm2d`.
+        eps: added to every variance.
+        stride: of the convolution, 1 or 2.
+        groups: of the convolution.
+        statistics: mean and biased variance of x over (N, H, W), (C,) each in float32 (float64), as
+            `batch_statistics` gives them, where they are known: they are then not computed again. Gradients flow as
+            if they had been. Without effect in evaluation.
+        backend: overrides `pyext.backend` and ``PYEXT_BACKEND``.
+
+    Returns:
+        (N, channels, ceil(H / stride), ceil(W / stride)) in x's dtype; NCHW from a kernel.
+
+    Raises:
+        ValueError: wrong shape, device, stride, groups or eps; training with one value per channel (torch's own
+            message).
+        TypeError: wrong dtype.
+        BackendError: the backend asked for cannot run.
+    """
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("bn_relu_conv2d: running_mean and running_var, expected both or none")
+    batch = training or running_mean is None or running_var is None
+    if batch and x.dim() == 4 and x.shape[0] * x.shape[2] * x.shape[3] == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+    geometry = eps, stride, groups
+    parameters = norm_weight, norm_bias, conv_weight
+    name = OPERATOR.choose(backend, x, conv_weight, stride, groups)
+    if name == "reference" or batch:
+        validate(x, *parameters, running_mean, running_var, *geometry)
+    if name == "reference":
+        return reference(x, *parameters, running_mean, running_var, batch, momentum, *geometry)
+    mean, var = _statistics(x, running_mean, running_var, batch, statistics)
+    try:
+        out = _OPS.bn_relu_conv2d(x, *parameters, mean, var, batch, *geometry)
+    except RuntimeError:
+        # The kernels check what memory safety needs; the sentence that names the argument is made here.
+        validate(x, *parameters, running_mean, running_var, *geometry)
+        raise
+    if training and running_mean is not None and running_var is not None:
+        update_running(x, mean, var, running_mean, running_var, momentum)
+    return out
+
+
+def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of x (N, C, H, W) over all but the channels, (C,) each in float32 (float64).
+
+    Merged over images in double precision. Not differentiable by themselves: `bn_relu_conv2d` has their part of the
+    gradient.
+    """
+    with torch.no_grad():
+        if x.device.type == "cpu":
+            return _OPS.bn_relu_conv2d_statistics(x.detach())
+        var, mean = torch.var_mean(x.detach().to(_accumulate_dtype(x.dtype)), (0, 2, 3), correction=0)
+        return mean, var
+
+
+def _statistics(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    batch: bool,
+    statistics: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    if not batch and running_mean is not None and running_var is not None:
+        return running_mean.to(_accumulate_dtype(x.dtype)), running_var.to(_accumulate_dtype(x.dtype))
+    if statistics is None:
+        return batch_statistics(x)
+    for kind, statistic in zip(("mean", "variance"), statistics, strict=True):
+        _validate_one(x, f"statistics ({kind})", statistic, statistic.dtype, (_accumulate_dtype(x.dtype),) * 2)
+    return statistics
+
+
+def update_running(
+    x: Tensor, mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float
+) -> None:
+    """Move the running statistics towards the batch's mean and unbiased variance, as torch does."""
+    count = x.shape[0] * x.shape[2] * x.shape[3]
+    if count == 0:
+        return
+    with torch.no_grad():
+        for old, value in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
+            if old.dtype == value.dtype:
+                old.lerp_(value, momentum)
+            else:
+                # In the value's dtype: a variance beyond float16's range still moves a running one inside it.
+                old.copy_(old.to(value.dtype).lerp_(value, momentum))
+
+
+# --- registration of shapes and gradients -----------------------------------------------------------------------------
+
+
+def _fake(x, norm_weight, norm_bias, conv_weight, mean, var, training, eps, stride, groups):
+    validate(x, norm_weight, norm_bias, conv_weight, mean, var, eps, stride, groups, ("mean", "var"))
+    height, width = ((n - 1) // stride + 1 for n in x.shape[2:])
+    return x.new_empty((x.shape[0], conv_weight.shape[0], height, width))
+
+
+def _fake_statistics(x):
+    vectors = (x.new_empty((x.shape[1],), dtype=_accumulate_dtype(x.dtype)) for _ in range(2))
+    return tuple(vectors)
+
+
+def _fake_backward(grad_out, x, norm_weight, norm_bias, conv_weight, *_):
+    wide = _accumulate_dtype(x.dtype)
+    parameters = (norm_weight, norm_bias, conv_weight)
+    return x.new_empty(x.shape), *(x.new_empty(p.shape, dtype=wide) for p in parameters)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:6])
+    ctx.options = inputs[6:]
+
+
+def _backward(ctx, grad_out):
+    grad_x, *grads = _OPS.bn_relu_conv2d_backward(grad_out, *ctx.saved_tensors, *ctx.options)
+    grads = (grad.to(p.dtype) for grad, p in zip(grads, ctx.saved_tensors[1:4], strict=True))
+    return grad_x, *grads, *(None,) * 6
+
+
+def _second_derivative(ctx, *_):
+    raise RuntimeError(
+        "bn_relu_conv2d: its kernels can be differentiated once; ask for pyext.backend('reference') where second "
+        "derivatives are needed"
+    )
+
+
+torch.library.register_fake("pyext::bn_relu_conv2d")(_fake)
+torch.library.register_fake("pyext::bn_relu_conv2d_statistics")(_fake_statistics)
+torch.library.register_fake("pyext::bn_relu_conv2d_backward")(_fake_backward)
+torch.library.register_autograd("pyext::bn_relu_conv2d", _backward, setup_context=_setup_context)
+torch.library.register_autograd("pyext::bn_relu_conv2d_backward", _second_derivative)

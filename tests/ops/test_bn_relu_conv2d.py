@@ -1,0 +1,156 @@
+"""`bn_relu_conv2d` on the CPU against float64 and plain torch: results, gradients, running statistics."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conv_inputs import Layer, make_layer
+from exactness import inexact
+from layouts import MAPS
+
+from pyext._backend import BackendError, backend
+from pyext.ops import bn_relu_conv2d
+from pyext.ops.bn_relu_conv2d import batch_statistics, reference
+
+LAYERS = {
+    "a1, squeeze": Layer(3, 36, 32, 32, 48),
+    "a1, third block": Layer(3, 126, 8, 8, 144),
+    "a1, grouped": Layer(3, 48, 32, 32, 12, 3, 1, 4),
+    "a1, third block, grouped": Layer(9, 72, 8, 8, 36, 3, 1, 4),
+    "a1, transition": Layer(2, 30, 32, 32, 20, 3, 2),
+    "channels and positions that fill no tile": Layer(3, 13, 7, 9, 11),
+    "grouped, rows of no whole vector": Layer(2, 14, 7, 5, 10, 3, 1, 2),
+    "strided, odd extents": Layer(2, 7, 9, 13, 5, 3, 2),
+    "strided and grouped": Layer(2, 6, 8, 7, 4, 3, 2, 2),
+    "one position": Layer(3, 5, 1, 1, 3, 3, 2),
+    "one row": Layer(2, 4, 1, 75, 3, 3),
+    "one column": Layer(2, 4, 70, 1, 3, 3, 2),
+    "no image": Layer(0, 4, 3, 3, 5),
+}
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def step(layer, inputs, states, function):
+    """Output, gradients and moved running statistics of one call of `function` in training."""
+    leaves = [x.detach().requires_grad_() for x in inputs.values()]
+    running = [x.clone() for x in states.values()]
+    out = function(*leaves, *running, training=True, momentum=0.3, stride=layer.stride, groups=layer.groups)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).to(out.dtype)
+    grads = torch.autograd.grad(out, leaves, weights)
+    return dict(zip(("out", *inputs, *states), [out.detach(), *grads, *running], strict=True))
+
+
+def assert_exact(layer, inputs, states, actual):
+    def evaluations():
+        generator = torch.Generator().manual_seed(0)
+        near = inputs
+        for _ in range(8):
+            exact = step(layer, *({k: x.double() for k, x in d.items()} for d in (near, states)), reference)
+            yield list(step(layer, near, states, reference).values()), list(exact.values())
+            x = inputs["x"]
+            near = {**inputs, "x": (x * (1 + 0.01 * torch.randn(x.shape, generator=generator))).to(x.dtype)}
+
+    lines = inexact(actual, evaluations(), {})
+    assert not lines, lines
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", LAYERS)
+def test_training(name, dtype):
+    layer = LAYERS[name]
+    inputs, states = make_layer(layer, dtype)
+    assert_exact(layer, inputs, states, step(layer, inputs, states, bn_relu_conv2d))
+
+
+@pytest.mark.parametrize("layout", MAPS)
+@pytest.mark.parametrize("name", ["channels and positions that fill no tile", "strided, odd extents"])
+def test_training_in_any_layout(name, layout):
+    layer = LAYERS[name]
+    inputs, states = make_layer(layer, torch.float64, layout=layout)
+    actual = step(layer, inputs, states, bn_relu_conv2d)
+    dense = step(layer, {k: x.contiguous() for k, x in inputs.items()}, states, bn_relu_conv2d)
+    for result, value in dense.items():
+        assert torch.equal(actual[result], value), result
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("name", ["a1, squeeze", "a1, third block, grouped"])
+def test_any_number_of_threads(name, threads):
+    """What belongs to an image has the same bits; the weight's sums over images are taken in double precision."""
+    layer = LAYERS[name]
+    inputs, states = make_layer(layer, torch.float32)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = step(layer, inputs, states, bn_relu_conv2d)
+        torch.set_num_threads(threads)
+        actual, again = (step(layer, inputs, states, bn_relu_conv2d) for _ in range(2))
+    finally:
+        torch.set_num_threads(before)
+    for result, value in expected.items():
+        assert torch.equal(actual[result], again[result]), result
+        assert result == "conv_weight" or torch.equal(actual[result], value), result
+
+
+def test_statistics_that_are_known_are_not_computed_again():
+    layer = LAYERS["a1, squeeze"]
+    inputs, states = make_layer(layer, torch.float64)
+    known = batch_statistics(inputs["x"])
+    expected = step(layer, inputs, states, bn_relu_conv2d)
+    actual = step(layer, inputs, states, lambda *a, **k: bn_relu_conv2d(*a, statistics=known, **k))
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
+    var, mean = torch.var_mean(inputs["x"], (0, 2, 3), correction=0)
+    torch.testing.assert_close(known, (mean, var), rtol=1e-12, atol=1e-12)
+    other = (known[0] + 1, known[1])
+    with torch.no_grad():
+        out = bn_relu_conv2d(*inputs.values(), training=True, statistics=other)
+        moved = bn_relu_conv2d(inputs["x"] - 1, *list(inputs.values())[1:], training=True, statistics=known)
+    torch.testing.assert_close(out, moved, rtol=1e-12, atol=1e-12)
+
+
+def test_wrong_statistics_are_named():
+    inputs, _ = make_layer(LAYERS["a1, squeeze"], torch.float32)
+    mean, var = batch_statistics(inputs["x"])
+    with pytest.raises(ValueError, match=r"statistics \(variance\) has shape"):
+        bn_relu_conv2d(*inputs.values(), training=True, statistics=(mean, var[:-1]))
+    with pytest.raises(TypeError, match=r"statistics \(mean\) has dtype"):
+        bn_relu_conv2d(*inputs.values(), training=True, statistics=(mean.double(), var))
+
+
+def test_what_has_no_kernel_runs_in_plain_torch():
+    layer = Layer(2, 6, 5, 5, 4, 1, 2, 2)
+    inputs, states = make_layer(layer, torch.float64)
+    options = {"stride": 2, "groups": 2}
+    with pytest.raises(BackendError, match="1x1 convolution with stride or groups"), backend("cpu"):
+        bn_relu_conv2d(*inputs.values(), *states.values(), **options)
+    expected = reference(*inputs.values(), *states.values(), **options)
+    assert torch.equal(bn_relu_conv2d(*inputs.values(), *states.values(), **options), expected)
+
+
+def test_one_of_two_running_statistics_is_refused():
+    inputs, states = make_layer(LAYERS["a1, squeeze"], torch.float32)
+    with pytest.raises(ValueError, match="both or none"):
+        bn_relu_conv2d(*inputs.values(), states["running_mean"])
+
+
+def test_one_value_per_channel_is_refused_in_training():
+    inputs, _ = make_layer(Layer(1, 3, 1, 1, 2), torch.float32)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+        bn_relu_conv2d(*inputs.values(), training=True)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_it_compiles_without_a_graph_break(training):
+    layer = LAYERS["strided and grouped"]
+    inputs, states = make_layer(layer, torch.float32)
+    leaves = [x.requires_grad_() for x in inputs.values()]
+
+    def call(*tensors):
+        return bn_relu_conv2d(*tensors, training=training, stride=2, groups=2)
+
+    expected = call(*leaves, *(x.clone() for x in states.values()))
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    out = compiled(*leaves, *(x.clone() for x in states.values()))
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    for a, b in zip(torch.autograd.grad(out.sum(), leaves), torch.autograd.grad(expected.sum(), leaves), strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,105 @@
+// Calls the kernels of csrc/cpu/bn_relu_conv2d_kernel.cpp with threads and memory that sanitizers understand, and fails
+// where an element of a result was not written. Their numbers are the operator tests' concern.
+#include "cpu/bn_relu_conv2d.h"
+
+#include <cstdio>
+
+#include "cpu/vector.h"
+#include "tensors.h"
+
+namespace {
+
+using namespace pyext::cpu;
+using namespace pyext::bn_relu_conv2d;
+using pyext::sanitize::CallMemory;
+using pyext::sanitize::Tensors;
+
+const Sizes kSizes[] = {{3, 13, 7, 9, 11, 1, 1, 1},  {1, 3, 1, 1, 2, 1, 1, 1},    {2, 7, 1, 75, 70, 1, 1, 1},
+                        {5, 24, 8, 8, 20, 1, 1, 1},  {0, 3, 4, 4, 2, 1, 1, 1},    {3, 8, 7, 9, 6, 2, 3, 1},
+                        {2, 12, 16, 16, 9, 3, 3, 1}, {2, 6, 1, 1, 4, 1, 3, 1},    {2, 5, 20, 21, 7, 1, 3, 2},
+                        {3, 4, 1, 70, 3, 1, 3, 2},   {2, 14, 16, 16, 8, 2, 3, 2}, {0, 3, 4, 4, 2, 1, 3, 2}};
+
+Map map_of(void* data, int64_t channels, int64_t height, int64_t width, bool channels_last) {
+  const int64_t positions = height * width;
+  if (channels_last) return {data, {channels * positions, 1, channels * width, channels}};
+  return {data, {channels * positions, positions, width, 1}};
+}
+
+template <typename S>
+class Call {
+  using T = Accumulate<S>;
+
+ public:
+  Call(const Sizes& s, DType dtype, bool channels_last) : s_(s) {
+    args_.sizes = s;
+    args_.dtype = args_.parameter_dtype = dtype;
+    args_.training = true;
+    args_.eps = 1e-5;
+    const int64_t in = s.batch * s.in_channels * s.positions(), out = s.batch * s.out_channels * s.out_positions();
+    args_.x = in_map(memory_.drawn<S>(in, -1, 1), channels_last);
+    args_.norm_weight = memory_.drawn<S>(s.in_channels, 0.5, 1.5);
+    args_.norm_bias = memory_.drawn<S>(s.in_channels, -0.5, 0.5);
+    args_.conv_weight = memory_.drawn<S>(s.weight_numel(), -1, 1);
+    args_.mean = mean_ = memory_.blank<T>(s.in_channels);
+    args_.var = var_ = memory_.blank<T>(s.in_channels);
+    args_.out = out_map(out_ = memory_.blank<S>(out), channels_last);
+    args_.grad_out = out_map(memory_.drawn<S>(out, -1, 1), channels_last);
+    args_.grad_x = in_map(grad_x_ = memory_.blank<S>(in), channels_last);
+    args_.grad_norm_weight = grad_norm_[0] = memory_.blank<T>(s.in_channels);
+    args_.grad_norm_bias = grad_norm_[1] = memory_.blank<T>(s.in_channels);
+    args_.grad_conv_weight = grad_weight_ = memory_.blank<T>(s.weight_numel());
+  }
+
+  // The result with an element that nobody wrote; null if there is none.
+  const char* run(int64_t threads) {
+    for (const auto kernel : {kernels().statistics, kernels().forward, kernels().backward}) {
+      CallMemory call;
+      kernel(args_, call.host(threads));
+    }
+    const int64_t in = s_.batch * s_.in_channels * s_.positions(),
+                  out = s_.batch * s_.out_channels * s_.out_positions();
+    if (!Tensors::written(mean_, s_.in_channels) || !Tensors::written(var_, s_.in_channels)) return "statistics";
+    if (!Tensors::written(out_, out)) return "out";
+    if (!Tensors::written(grad_x_, in)) return "grad_x";
+    for (const T* grad : grad_norm_) {
+      if (!Tensors::written(grad, s_.in_channels)) return "grad_norm";
+    }
+    return Tensors::written(grad_weight_, s_.weight_numel()) ? nullptr : "grad_conv_weight";
+  }
+
+ private:
+  static const BNReLUConv2dKernels& kernels() { return PYEXT_CAPABILITY::bn_relu_conv2d_kernels; }
+  Map in_map(S* data, bool last) const { return map_of(data, s_.in_channels, s_.height, s_.width, last); }
+  Map out_map(S* data, bool last) const { return map_of(data, s_.out_channels, s_.out_height(), s_.out_width(), last); }
+
+  Sizes s_;
+  Tensors memory_;
+  BNReLUConv2d args_{};
+  T *mean_, *var_, *grad_norm_[2], *grad_weight_;
+  S *out_, *grad_x_;
+};
+
+template <typename S>
+int run_dtype(DType dtype, const char* name) {
+  int calls = 0;
+  for (const Sizes& sizes : kSizes) {
+    for (const bool channels_last : {false, true}) {
+      for (const int64_t threads : {1, 3}) {
+        if (const char* unwritten = Call<S>(sizes, dtype, channels_last).run(threads)) {
+          std::printf("%s: %s has an element that nobody wrote\n", name, unwritten);
+          std::exit(1);
+        }
+        ++calls;
+      }
+    }
+  }
+  return calls;
+}
+
+}  // namespace
+
+int main() {
+  const int calls = run_dtype<float>(DType::kFloat, "float") + run_dtype<double>(DType::kDouble, "double") +
+                    run_dtype<BFloat16>(DType::kBFloat16, "bfloat16") + run_dtype<Half>(DType::kHalf, "half");
+  std::printf("%d calls\n", calls);
+}
