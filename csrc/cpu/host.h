@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/kernel.h"
+#include "cpu/team.h"
 
 namespace pyext::cpu {
 
@@ -38,21 +39,34 @@ inline void* thread_scratch(size_t bytes) {
   return buffer.get();
 }
 
-inline void run_tasks(int64_t tasks, void (*work)(void*, int64_t), void* context) {
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) work(context, task);
-  });
-}
-
-// Owns the memory that one call shares among its threads: small pieces come from one block.
+// Owns what one call shares among its threads: memory, of which small pieces come from one block, and a team.
 class CallMemory {
  public:
   Host host() {
     return {this, static_cast<int64_t>(torch::stable::get_num_threads()), run_tasks, thread_scratch, allocate};
   }
 
+  // Runs program() with threads that stay together, for a program of many short parallel regions.
+  template <typename F>
+  void with_team(const F& program) {
+    Team team;
+    team_ = &team;
+    torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) team.enter(program);
+    });
+    team_ = nullptr;
+    team.leave();
+  }
+
  private:
   static constexpr size_t kBlockBytes = 64 * 1024;
+
+  static void run_tasks(void* self, int64_t tasks, Team::Work work, void* context) {
+    if (Team* team = static_cast<CallMemory*>(self)->team_) return team->run(tasks, work, context);
+    torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) work(context, task);
+    });
+  }
 
   static void* allocate(void* self, size_t bytes) {
     return static_cast<CallMemory*>(self)->take((bytes + 63) / 64 * 64);
@@ -72,6 +86,7 @@ class CallMemory {
   std::vector<AlignedBuffer> blocks_;
   char* next_ = nullptr;
   size_t left_ = 0;
+  Team* team_ = nullptr;
 };
 
 }  // namespace pyext::cpu

@@ -54,7 +54,14 @@ Tensor forward(const Tensor& x, const std::vector<Tensor>& tensors, const std::v
   const Tensor out = torch::stable::new_empty(x, {s.batch, s.out_channels(), s.out_height(), s.out_width()});
   args.out = map_of(out);
   CallMemory memory;
-  kernels().forward(args, memory.host());
+  const Host host = memory.host();
+  const auto run = [&] { kernels().forward(args, host); };
+  // Fewer images than threads: several regions for every module.
+  if (s.batch < host.threads) {
+    memory.with_team(run);
+  } else {
+    run();
+  }
   return out;
 }
 

@@ -19,11 +19,11 @@ struct Map {
 struct Host {
   void* self;
   int64_t threads;
-  // Runs work(context, task) for every task in [0, tasks), on several threads.
-  void (*parallel)(int64_t tasks, void (*work)(void* context, int64_t task), void* context);
+  // parallel(self, ...) runs work(context, task) for every task in [0, tasks), on several threads.
+  void (*parallel)(void* self, int64_t tasks, void (*work)(void* context, int64_t task), void* context);
   // Memory of the calling thread, 64-byte aligned, valid until its next call from the same thread.
   void* (*scratch)(size_t bytes);
-  // Memory for the whole call, 64-byte aligned.
+  // shared(self, bytes): memory for the whole call, 64-byte aligned.
   void* (*shared)(void* self, size_t bytes);
 };
 

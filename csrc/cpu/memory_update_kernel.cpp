@@ -35,7 +35,7 @@ void update(const MemoryUpdate& args, const Host& host) {
   };
   using Work = decltype(update_bank);
   host.parallel(
-      args.peers, [](void* context, int64_t bank) { (*static_cast<Work*>(context))(bank); },
+      host.self, args.peers, [](void* context, int64_t bank) { (*static_cast<Work*>(context))(bank); },
       const_cast<void*>(static_cast<const void*>(&update_bank)));
 }
 

@@ -26,7 +26,7 @@ inline Memory allocate(size_t bytes) {
   return Memory(p);
 }
 
-inline void run_tasks(int64_t tasks, void (*work)(void*, int64_t), void* context) {
+inline void run_tasks(void*, int64_t tasks, void (*work)(void*, int64_t), void* context) {
   std::vector<std::thread> threads;
   for (int64_t task = 0; task < tasks; ++task) threads.emplace_back(work, context, task);
   for (std::thread& thread : threads) thread.join();

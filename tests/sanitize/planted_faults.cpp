@@ -11,7 +11,8 @@ using pyext::sanitize::CallMemory;
 
 int race(const pyext::cpu::Host& host) {
   int sum = 0;
-  host.parallel(2, [](void* context, int64_t task) { *static_cast<int*>(context) += static_cast<int>(task); }, &sum);
+  host.parallel(
+      host.self, 2, [](void* context, int64_t task) { *static_cast<int*>(context) += static_cast<int>(task); }, &sum);
   return sum;
 }
 
@@ -23,7 +24,7 @@ int past_the_end_of_shared_memory(const pyext::cpu::Host& host) {
 
 int past_the_end_of_scratch(const pyext::cpu::Host& host) {
   host.parallel(
-      1,
+      host.self, 1,
       [](void* context, int64_t) {
         volatile float* x = static_cast<float*>(static_cast<const pyext::cpu::Host*>(context)->scratch(40));
         x[0] = x[10];

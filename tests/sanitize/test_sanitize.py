@@ -74,6 +74,13 @@ def test_kernel(operator, capability, sanitizer, tmp_path):
     assert not result.stderr
 
 
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+def test_team(sanitizer, tmp_path):
+    result = run(compile_driver(HERE / "team.cpp", [], "baseline", sanitizer, tmp_path))
+    assert result.returncode == 0, (result.stdout + result.stderr)[:5000]
+    assert not result.stderr
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_fault_is_reported(fault, tmp_path):
     sanitizer, words = FAULTS[fault]

@@ -46,7 +46,7 @@ T* shared(const Host& host, int64_t n) {
 
 template <typename F>
 void parallel(const Host& host, int64_t tasks, F work) {
-  host.parallel(tasks, [](void* context, int64_t task) { (*static_cast<F*>(context))(task); }, &work);
+  host.parallel(host.self, tasks, [](void* context, int64_t task) { (*static_cast<F*>(context))(task); }, &work);
 }
 
 // Splits [0, n) into `tasks` runs of nearly equal length; returns the first index of run `task`.

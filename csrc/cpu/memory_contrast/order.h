@@ -15,7 +15,7 @@ constexpr int64_t kTileBytes = 512 * 1024;
 
 template <typename F>
 inline void parallel(const Host& host, int64_t tasks, F work) {
-  host.parallel(tasks, [](void* context, int64_t task) { (*static_cast<F*>(context))(task); }, &work);
+  host.parallel(host.self, tasks, [](void* context, int64_t task) { (*static_cast<F*>(context))(task); }, &work);
 }
 
 // log2 of the rows in a tile, which fill half of a small second-level cache.

@@ -15,7 +15,7 @@ namespace {
 
 template <typename Work>
 void run(const Host& host, int64_t tasks, Work work) {
-  host.parallel(tasks, [](void* context, int64_t task) { (*static_cast<Work*>(context))(task); }, &work);
+  host.parallel(host.self, tasks, [](void* context, int64_t task) { (*static_cast<Work*>(context))(task); }, &work);
 }
 
 // n elements of dtype `from`, whose accumulation type is T, from the element at `first` on.
