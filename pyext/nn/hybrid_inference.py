@@ -103,7 +103,7 @@ def _autocasts(x: Tensor) -> bool:
 
 
 def are_block(layers: Sequence[Any], stride: int, training: bool) -> bool:
-    """Whether all `layers`, at least one, say what a block computes, with all normalisations in one mode, and are of one
+    """Whether all `layers`, at least one, say what a block computes, with all normalisations in one mode and alike in
     width."""
     return (
         len(layers) > 0 and all(_computes_the_operator(layer, stride, training) for layer in layers) and _alike(layers)
