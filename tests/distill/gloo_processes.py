@@ -21,7 +21,7 @@ def run(check: Callable[..., None], processes: int, folder: Path, *arguments: An
 def _process(rank: int, processes: int, store: str, check: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=processes, timeout=datetime.timedelta(seconds=30)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=processes, timeout=datetime.timedelta(seconds=120)
     )
     check(rank, processes, *arguments)
     dist.barrier()
