@@ -322,7 +322,8 @@ class HybridBlock(nn.Sequential):
     `pyext.nn.hybrid_training.train_block` (NCHW is faster), else in that of
     `pyext.nn.memory_format.to_convolution_format`: channels_last on the CPU.
 
-    Elsewhere without gradients one buffer holds the block and each module writes its slice. Source: arXiv 1908.09699.
+    In training the result is also what the backward pass reads: torch refuses that after a change in place. Elsewhere
+    without gradients one buffer holds the block and each module writes its slice. Source: arXiv 1908.09699.
     """
 
     layer_type = SMG

@@ -26,6 +26,7 @@ from pyext.ops.hybrid_block import TENSORS, Extents, extents_of
 
 _OPS = torch.ops.pyext
 _GATES = slice(len(TENSORS) - len(PARAMETERS) - len(RUNNING), len(TENSORS) - len(RUNNING))
+_STATISTICS = frozenset(i for i, name in enumerate(TENSORS) if "running" in name)
 _SAVED = 9
 """Tensors that are kept of each module besides its parameters."""
 
@@ -80,7 +81,9 @@ class _Block(torch.autograd.Function):
                 _note_moments(moments, buffer, channels, end)
             channels = end
         ctx.extents, ctx.eps, ctx.channels = extents, eps, x.shape[1]
-        ctx.save_for_backward(buffer, moments, *tensors, *saved)
+        # Not the running statistics: the next forward pass moves them, and may come before this one's backward.
+        kept = [None if i % len(TENSORS) in _STATISTICS else tensor for i, tensor in enumerate(tensors)]
+        ctx.save_for_backward(buffer, moments, *kept, *saved)
         return buffer
 
     @staticmethod

@@ -71,6 +71,20 @@ def test_block_trains_as_its_modules(modules, channels_last):
     assert train_block(list(module), x) is not None
 
 
+@pytest.mark.parametrize("make", [lambda: HybridBlock(2, 6, 4, 8), lambda: Transition(6, 8)])
+def test_two_forward_passes_before_the_backward_pass(make):
+    module = draw_parameters(make().double())
+    batches = [torch.randn(4, 6, 5, 6, dtype=torch.float64) for _ in range(2)]
+    gradients = []
+    for name in ("auto", "reference"):
+        copied = copy.deepcopy(module)
+        with backend(name):
+            sum(copied(x).sin().sum() for x in batches).backward()
+        gradients.append([p.grad for p in copied.parameters()] + list(copied.buffers()))
+    for ours, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+
+
 def with_hook(block):
     block.SMG2.conv2_3x3.register_forward_hook(lambda *_: None)
 
