@@ -1,8 +1,6 @@
 """The table writer, the roofs' arithmetic and the clock."""
 
 import json
-import threading
-import time
 
 import pytest
 import torch
@@ -91,13 +89,15 @@ def test_digits(value, text):
     assert table.digits(value) == text
 
 
-def test_interleaved_takes_turns_and_starts_each_round_with_another():
+def test_interleaved_takes_turns_in_many_orders():
     calls = []
-    effort = timer.Effort(seconds=10, most_rounds=3, sample=1e-9)
+    effort = timer.Effort(seconds=10, most_rounds=30, sample=1e-9)
     runs = {name: (lambda name=name: calls.append(name)) for name in "abc"}
     samples = timer.interleaved(runs, CPU, effort)
-    assert {name: len(times) for name, times in samples.items()} == {"a": 3, "b": 3, "c": 3}
-    assert "".join(calls[-9:]) == "abcbcacab"
+    assert {name: len(times) for name, times in samples.items()} == {"a": 30, "b": 30, "c": 30}
+    rounds = ["".join(calls[-3 * i : -3 * i + 3 or None]) for i in range(30, 0, -1)]
+    assert all(sorted(order) == ["a", "b", "c"] for order in rounds)
+    assert len(set(rounds)) == 6
 
 
 def test_interleaved_keeps_to_its_time_but_not_below_the_least_rounds():
@@ -105,24 +105,28 @@ def test_interleaved_keeps_to_its_time_but_not_below_the_least_rounds():
     assert len(samples["a"]) == 4
 
 
-def test_a_sample_starts_when_threads_of_the_contender_before_have_come_to_rest():
-    spinning = threading.Event()
-
-    def spin():
-        end = time.perf_counter() + 0.05
-        while time.perf_counter() < end:
-            pass
-        spinning.clear()
-
-    def start():
-        spinning.set()
-        threading.Thread(target=spin).start()
-        time.sleep(0.001)
-
-    found = []
-    runs = {"spinner": start, "other": lambda: found.append(spinning.is_set())}
+def test_a_sample_starts_when_threads_of_the_contender_before_have_come_to_rest(monkeypatch):
+    calls = []
+    monkeypatch.setattr(timer, "_rest", lambda: calls.append("rest"))
+    runs = {name: (lambda name=name: calls.append(name)) for name in "ab"}
     timer.interleaved(runs, CPU, timer.Effort(seconds=10, most_rounds=3, sample=1e-9))
-    assert found[-3:] == [False] * 3
+    assert calls[-12::2] == ["rest"] * 6
+    assert "rest" not in calls[-11::2]
+
+
+@pytest.mark.parametrize(("busy", "naps"), [(0, 1), (5, 6), (1000, 250)])
+def test_rest_lasts_while_threads_use_the_processor(monkeypatch, busy, naps):
+    slept, used = [], []
+
+    def sleep(seconds):
+        used.append(seconds if len(slept) < busy else 0.0)
+        slept.append(seconds)
+
+    monkeypatch.setattr(timer.time, "sleep", sleep)
+    monkeypatch.setattr(timer.time, "process_time", lambda: sum(used))
+    monkeypatch.setattr(timer.time, "perf_counter", lambda: sum(slept))
+    timer._rest(nap=0.002, patience=0.4999)
+    assert len(slept) == naps
 
 
 def test_facts_name_what_moves_a_measurement(monkeypatch):
