@@ -15,6 +15,7 @@ OTHERS = [name for name in _library.cpu_capabilities() if name != _library.cpu_c
 
 
 NUMERICS = {
+    "test_bn_relu_conv2d.py": "test_training or threads",
     "test_hybrid_block.py": "inference",
     "test_gated_excitation.py": "inference or gradients or statistics",
     "test_memory_contrast.py": "loss_and_gradient or orders or run_or_threads",
