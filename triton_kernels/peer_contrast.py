@@ -27,7 +27,7 @@ WANTED_PROGRAMS = 512
 """Enough for a large GPU, the same on each, so that results are."""
 LEAST_TILES = 4
 """Tiles of a stretch of columns."""
-KINDS = 5
+KINDS = tl.constexpr(5)
 """Partial sums of a row of (i, j): both exponentials, the second times the difference from the student, similarities of
 positives; and the softened exponentials of (i, i) times the difference from (j, j)."""
 HALF_RANGE = 32768.0
@@ -391,7 +391,7 @@ def forward(
     with torch.cuda.device_of(embeddings):
         ready = Prepared.of(embeddings, labels, temperature, soft_temperature)
         plan = Plan.of(embeddings, start, stop)
-        shape = (plan.stretches, KINDS, peers, peers, images)
+        shape = (plan.stretches, KINDS.value, peers, peers, images)
         extents = (peers, images, features, plan.first_block, plan.tiles_per_stretch)
         largest = normalisers.new_full((plan.stretches, 2, *shape[2:]), float("-inf"))
         largest_kernel[plan.grid(peers)](ready.v, ready.unshifted, largest, *extents, **plan.blocks)

@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "checks/shape.h"
 #include "cpu/capability.h"
 #include "cpu/host.h"
 #include "cpu/tensors.h"
@@ -48,12 +49,14 @@ class Inputs {
     args.x = map_of(x);
     set_sizes(x, conv_weight, stride, groups);
     const Sizes& s = args.sizes;
-    args.norm_weight = data(norm_weight, s.in_channels, args.parameter_dtype, "norm_weight");
-    args.norm_bias = data(norm_bias, s.in_channels, args.parameter_dtype, "norm_bias");
-    args.conv_weight = data(conv_weight, s.weight_numel(), args.parameter_dtype, "conv_weight");
+    const Shape vector{1, {s.in_channels}};
+    const Shape weight{4, {s.out_channels, s.group_inputs(), s.kernel, s.kernel}};
+    args.norm_weight = data(norm_weight, vector, args.parameter_dtype, "norm_weight");
+    args.norm_bias = data(norm_bias, vector, args.parameter_dtype, "norm_bias");
+    args.conv_weight = data(conv_weight, weight, args.parameter_dtype, "conv_weight");
     const DType wide = args.dtype == DType::kDouble ? DType::kDouble : DType::kFloat;
-    args.mean = data(mean, s.in_channels, wide, "mean");
-    args.var = data(var, s.in_channels, wide, "var");
+    args.mean = data(mean, vector, wide, "mean");
+    args.var = data(var, vector, wide, "var");
   }
 
   BNReLUConv2d args{};
@@ -80,9 +83,10 @@ class Inputs {
         "bn_relu_conv2d: conv_weight does not have x's channels in ", groups, " groups");
   }
 
-  void* data(const Tensor& tensor, int64_t numel, DType dtype, const char* name) {
-    STD_TORCH_CHECK(tensor.is_cpu() && tensor.numel() == numel && dtype_of(tensor.scalar_type()) == dtype,
-                    "bn_relu_conv2d: ", name, " has ", tensor.numel(), " elements, expected ", numel,
+  void* data(const Tensor& tensor, const Shape& shape, DType dtype, const char* name) {
+    STD_TORCH_CHECK(tensor.is_cpu() && has_shape(tensor, shape) && dtype_of(tensor.scalar_type()) == dtype,
+                    "bn_relu_conv2d: ", name, " has shape ", shape_text(tensor.sizes(), static_cast<int>(tensor.dim())),
+                    ", expected ", shape_text(shape.extents, shape.dims),
                     " on the CPU, of the other parameters' dtype");
     if (tensor.is_contiguous()) return tensor.data_ptr();
     owned_.push_back(torch::stable::contiguous(tensor));
