@@ -21,10 +21,10 @@ SIZES = ((2, 128), (2, 2048), (4, 2048))
 
 
 def work(peers: int, batch: int, features: int) -> Work:
-    """Similarities of all unordered pairs of peers, one product each; in the backward pass again, and two more products
-    for the gradients. Bytes: embeddings read twice and their gradient written."""
-    pairs = peers * (peers + 1) // 2
-    return Work(4 * 3 * peers * batch * features, 4 * pairs * 2 * batch * batch * features)
+    """The similarities of all peers' rows are one symmetric matrix: half of it is computed, in the backward pass again,
+    and there one product with all of its gradient. Bytes: embeddings read twice and their gradient written."""
+    rows = peers * batch
+    return Work(4 * 3 * rows * features, 4 * rows * rows * features)
 
 
 @dataclass(frozen=True)
