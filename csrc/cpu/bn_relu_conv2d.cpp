@@ -27,8 +27,6 @@ const BNReLUConv2dKernels& kernels() {
 #endif
 }
 
-ScalarType accumulate_type(DType dtype) { return dtype == DType::kDouble ? ScalarType::Double : ScalarType::Float; }
-
 DType map_type(const Tensor& map, const char* name) {
   const std::optional<DType> dtype = dtype_of(map.scalar_type());
   STD_TORCH_CHECK(map.is_cpu() && map.dim() == 4 && dtype.has_value(), "bn_relu_conv2d: ", name,

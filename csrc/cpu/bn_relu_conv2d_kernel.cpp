@@ -9,21 +9,6 @@
 namespace pyext::cpu::PYEXT_CAPABILITY {
 namespace {
 
-// Calls work(S()) with the type of the maps' elements.
-template <typename Work>
-void with_element_type(DType dtype, Work work) {
-  switch (dtype) {
-    case DType::kFloat:
-      return work(float());
-    case DType::kDouble:
-      return work(double());
-    case DType::kBFloat16:
-      return work(BFloat16());
-    case DType::kHalf:
-      return work(Half());
-  }
-}
-
 void run_statistics(const BNReLUConv2d& args, const Host& host) {
   with_element_type(args.dtype, [&](auto element) { run_batch_statistics<decltype(element)>(args, host); });
 }

@@ -33,8 +33,6 @@ DType dtype_of(const Tensor& tensor, const char* name) {
   return *dtype;
 }
 
-ScalarType accumulate_type(DType dtype) { return dtype == DType::kDouble ? ScalarType::Double : ScalarType::Float; }
-
 Sizes sizes_of(const Tensor& u, const std::vector<Tensor>& parameters) {
   STD_TORCH_CHECK(u.dim() == 4, "gated_excitation: u has ", u.dim(), " dimensions, expected (N, C, H, W)");
   STD_TORCH_CHECK(parameters.size() == kNumParameters, "gated_excitation: ", parameters.size(),

@@ -9,26 +9,12 @@
 namespace pyext::cpu::PYEXT_CAPABILITY {
 namespace {
 
-template <typename F>
-void dispatch(DType dtype, F work) {
-  switch (dtype) {
-    case DType::kFloat:
-      return work(float{});
-    case DType::kDouble:
-      return work(double{});
-    case DType::kBFloat16:
-      return work(BFloat16{});
-    case DType::kHalf:
-      return work(Half{});
-  }
-}
-
 void run_forward(const GatedExcitation& args, const Host& host) {
-  dispatch(args.dtype, [&](auto zero) { forward<decltype(zero)>(args, host); });
+  with_element_type(args.dtype, [&](auto zero) { forward<decltype(zero)>(args, host); });
 }
 
 void run_backward(const GatedExcitation& args, const Host& host) {
-  dispatch(args.dtype, [&](auto zero) { backward<decltype(zero)>(args, host); });
+  with_element_type(args.dtype, [&](auto zero) { backward<decltype(zero)>(args, host); });
 }
 
 }  // namespace

@@ -9,16 +9,7 @@ namespace pyext::cpu::PYEXT_CAPABILITY {
 namespace {
 
 void run_forward(const HybridBlock& args, const Host& host) {
-  switch (args.dtype) {
-    case DType::kFloat:
-      return Block<float>(args, host).forward();
-    case DType::kDouble:
-      return Block<double>(args, host).forward();
-    case DType::kBFloat16:
-      return Block<BFloat16>(args, host).forward();
-    case DType::kHalf:
-      return Block<Half>(args, host).forward();
-  }
+  with_element_type(args.dtype, [&](auto zero) { Block<decltype(zero)>(args, host).forward(); });
 }
 
 }  // namespace

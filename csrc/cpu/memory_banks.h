@@ -10,10 +10,6 @@
 
 namespace pyext::cpu {
 
-inline ScalarType accumulate_type(ScalarType type) {
-  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 // Addresses and strides of the banks.
 class MemoryBanks {
  public:

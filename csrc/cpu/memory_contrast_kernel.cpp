@@ -27,7 +27,7 @@ class Contrast {
   bool forward() {
     if (!order_rows(args_, tiles_, host_)) return false;
     const T* embeddings = padded_embeddings();
-    double* sums = zeros<double>(s_.pairs() * s_.batch);
+    double* sums = shared_zeros<double>(host_, s_.pairs() * s_.batch);
     visit_all(args_, tiles_, host_, [&](int64_t bank, int64_t b, int64_t first, int64_t count) {
       in_blocks(bank, first, count, b, [&](auto peers, int64_t other, const S* const* row, int64_t k, int64_t n) {
         score_block<decltype(peers)::value>(embeddings, sums, bank, other, b, row, k, n);
@@ -39,7 +39,7 @@ class Contrast {
 
   bool backward() {
     if (!rows_are_valid(args_)) return false;
-    T* gradients = zeros<T>(s_.peers * s_.batch * pitch_);
+    T* gradients = shared_zeros<T>(host_, s_.peers * s_.batch * pitch_);
     visit_all(args_, tiles_, host_, [&](int64_t bank, int64_t b, int64_t first, int64_t count) {
       in_blocks(bank, first, count, b, [&](auto peers, int64_t other, const S* const* row, int64_t k, int64_t n) {
         add_block<decltype(peers)::value>(gradients, bank, other, b, row, k, n);
@@ -50,16 +50,9 @@ class Contrast {
   }
 
  private:
-  template <typename E>
-  E* zeros(int64_t count) {
-    E* data = static_cast<E*>(host_.shared(host_.self, count * sizeof(E)));
-    std::memset(data, 0, count * sizeof(E));
-    return data;
-  }
-
   // Embedding of peer j and image b at (j * batch + b) * pitch, with zeros up to whole vectors.
   const T* padded_embeddings() {
-    T* padded = zeros<T>(s_.peers * s_.batch * pitch_);
+    T* padded = shared_zeros<T>(host_, s_.peers * s_.batch * pitch_);
     const T* from = static_cast<const T*>(args_.embeddings);
     for (int64_t v = 0; v < s_.peers * s_.batch; ++v) {
       std::memcpy(padded + v * pitch_, from + v * s_.features, s_.features * sizeof(T));
@@ -138,7 +131,7 @@ class Contrast {
   // Exponentials to weights; returns the loss.
   double weigh(const double* sums) {
     const int64_t tasks = s_.pairs() * s_.batch;
-    double* losses = zeros<double>(tasks);
+    double* losses = shared_zeros<double>(host_, tasks);
     parallel(host_, tasks, [&](int64_t task) {
       const double* of_pair = sums + task / s_.batch * s_.batch;
       double total = 0;
@@ -181,27 +174,12 @@ class Contrast {
   const int64_t pitch_;
 };
 
-template <typename F>
-bool dispatch(DType dtype, F work) {
-  switch (dtype) {
-    case DType::kFloat:
-      return work(float{});
-    case DType::kDouble:
-      return work(double{});
-    case DType::kBFloat16:
-      return work(BFloat16{});
-    case DType::kHalf:
-      return work(Half{});
-  }
-  return false;
-}
-
 bool run_forward(const MemoryContrast& args, const Host& host) {
-  return dispatch(args.dtype, [&](auto zero) { return Contrast<decltype(zero)>(args, host).forward(); });
+  return with_element_type(args.dtype, [&](auto zero) { return Contrast<decltype(zero)>(args, host).forward(); });
 }
 
 bool run_backward(const MemoryContrast& args, const Host& host) {
-  return dispatch(args.dtype, [&](auto zero) { return Contrast<decltype(zero)>(args, host).backward(); });
+  return with_element_type(args.dtype, [&](auto zero) { return Contrast<decltype(zero)>(args, host).backward(); });
 }
 
 }  // namespace

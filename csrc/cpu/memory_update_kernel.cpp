@@ -1,7 +1,7 @@
 // memory_update on the CPU. Compiled once per instruction set (PYEXT_CAPABILITY is its namespace). One task per bank
 // goes through the batch in order, so a row that occurs twice moves twice, the first image first.
 #include "cpu/memory_update.h"
-#include "cpu/vector.h"
+#include "cpu/services.h"
 #include "math/memory_update.h"
 
 namespace pyext::cpu::PYEXT_CAPABILITY {
@@ -25,31 +25,18 @@ void move_row(S* row, const Accumulate<S>* embedding, int64_t features, double m
 template <typename S>
 void update(const MemoryUpdate& args, const Host& host) {
   using T = Accumulate<S>;
-  const auto update_bank = [&](int64_t bank) {
+  parallel(host, args.peers, [&](int64_t bank) {
     T* moved = static_cast<T*>(host.scratch(args.features * sizeof(T)));
     const T* embeddings = static_cast<const T*>(args.embeddings) + bank * args.batch * args.features;
     for (int64_t b = 0; b < args.batch; ++b) {
       S* row = static_cast<S*>(args.banks[bank]) + args.index[b] * args.pitch[bank];
       move_row(row, embeddings + b * args.features, args.features, args.momentum, moved);
     }
-  };
-  using Work = decltype(update_bank);
-  host.parallel(
-      host.self, args.peers, [](void* context, int64_t bank) { (*static_cast<Work*>(context))(bank); },
-      const_cast<void*>(static_cast<const void*>(&update_bank)));
+  });
 }
 
 void run(const MemoryUpdate& args, const Host& host) {
-  switch (args.dtype) {
-    case DType::kFloat:
-      return update<float>(args, host);
-    case DType::kDouble:
-      return update<double>(args, host);
-    case DType::kBFloat16:
-      return update<BFloat16>(args, host);
-    case DType::kHalf:
-      return update<Half>(args, host);
-  }
+  with_element_type(args.dtype, [&](auto zero) { update<decltype(zero)>(args, host); });
 }
 
 }  // namespace

@@ -28,6 +28,14 @@ inline std::optional<DType> dtype_of(ScalarType type) {
   }
 }
 
+// The dtype that kernels compute in.
+inline ScalarType accumulate_type(ScalarType type) {
+  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+inline ScalarType accumulate_type(DType dtype) {
+  return dtype == DType::kDouble ? ScalarType::Double : ScalarType::Float;
+}
+
 inline Map map_of(const Tensor& tensor) {
   return {tensor.data_ptr(), {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)}};
 }

@@ -99,7 +99,6 @@ int run_dtype(DType dtype, const char* name) {
 }  // namespace
 
 int main() {
-  const int calls = run_dtype<float>(DType::kFloat, "float") + run_dtype<double>(DType::kDouble, "double") +
-                    run_dtype<BFloat16>(DType::kBFloat16, "bfloat16") + run_dtype<Half>(DType::kHalf, "half");
-  std::printf("%d calls\n", calls);
+  pyext::sanitize::run_each_dtype(
+      "calls", [](auto zero, DType dtype, const char* name) { return run_dtype<decltype(zero)>(dtype, name); });
 }

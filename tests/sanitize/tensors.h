@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdio>
 #include <random>
 #include <vector>
 
@@ -47,5 +48,13 @@ class Tensors {
   std::mt19937 random_{0};
   std::vector<Memory> memory_;
 };
+
+// Prints how many calls run(S{}, dtype, its name) has made with each dtype together.
+template <typename F>
+void run_each_dtype(const char* calls, F run) {
+  const int count = run(float{}, cpu::DType::kFloat, "float") + run(double{}, cpu::DType::kDouble, "double") +
+                    run(BFloat16{}, cpu::DType::kBFloat16, "bfloat16") + run(Half{}, cpu::DType::kHalf, "half");
+  std::printf("%d %s\n", count, calls);
+}
 
 }  // namespace pyext::sanitize

@@ -3,7 +3,7 @@
 
 #include "cpu/gated_excitation.h"
 #include "cpu/image.h"
-#include "cpu/vector.h"
+#include "cpu/services.h"
 
 namespace pyext::cpu::PYEXT_CAPABILITY {
 namespace {
@@ -37,16 +37,6 @@ Buffers carve_scratch(const Host& host, const Args&... args) {
   Arena arena(static_cast<char*>(host.scratch(measure.used())));
   buffers.carve(arena, args...);
   return buffers;
-}
-
-template <typename T>
-T* shared(const Host& host, int64_t n) {
-  return static_cast<T*>(host.shared(host.self, n * sizeof(T)));
-}
-
-template <typename F>
-void parallel(const Host& host, int64_t tasks, F work) {
-  host.parallel(host.self, tasks, [](void* context, int64_t task) { (*static_cast<F*>(context))(task); }, &work);
 }
 
 // Splits [0, n) into `tasks` runs of nearly equal length; returns the first index of run `task`.

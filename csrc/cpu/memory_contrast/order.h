@@ -4,7 +4,7 @@
 #pragma once
 
 #include "cpu/memory_contrast.h"
-#include "cpu/vector.h"
+#include "cpu/services.h"
 
 namespace {
 
@@ -12,11 +12,6 @@ using pyext::cpu::Host;
 using pyext::cpu::MemoryContrast;
 
 constexpr int64_t kTileBytes = 512 * 1024;
-
-template <typename F>
-inline void parallel(const Host& host, int64_t tasks, F work) {
-  host.parallel(host.self, tasks, [](void* context, int64_t task) { (*static_cast<F*>(context))(task); }, &work);
-}
 
 // log2 of the rows in a tile, which fill half of a small second-level cache.
 inline int tile_shift(int64_t row_bytes) {

@@ -13,7 +13,7 @@ class Backward {
   explicit Backward(const Call<T>& call) : call_(call), s_(call.s), blocks_(call.blocks) {}
 
   void operator()() {
-    gradient_ = blocks_.template zeros<T>(s_.peers * blocks_.padded_batch() * blocks_.pitch());
+    gradient_ = shared_zeros<T>(call_.host, s_.peers * blocks_.padded_batch() * blocks_.pitch());
     if (!call_.finite && s_.start < s_.stop) return write_not_finite();
     prepare_weights();
     with_exponents(call_.exponents, [&](auto exponents) {
@@ -39,8 +39,8 @@ class Backward {
   // Factors of the exponentials in the gradient by S; 0 in the padding.
   void prepare_weights() {
     for (int q = 0; q < 2; ++q) {
-      weights_[q] = blocks_.template zeros<T>(call_.padded_pairs());
-      shifts_[q] = blocks_.template zeros<T>(call_.padded_pairs());
+      weights_[q] = shared_zeros<T>(call_.host, call_.padded_pairs());
+      shifts_[q] = shared_zeros<T>(call_.host, call_.padded_pairs());
     }
     for (int64_t i = 0; i < s_.peers; ++i) {
       for (int64_t j = 0; j < s_.peers; ++j) {

@@ -9,14 +9,10 @@
 
 #include "cpu/peer_contrast.h"
 #include "cpu/peer_contrast/product.h"
+#include "cpu/services.h"
 
 namespace pyext::cpu::PYEXT_CAPABILITY {
 namespace {
-
-template <typename Work>
-void run(const Host& host, int64_t tasks, Work work) {
-  host.parallel(host.self, tasks, [](void* context, int64_t task) { (*static_cast<Work*>(context))(task); }, &work);
-}
 
 // n elements of dtype `from`, whose accumulation type is T, from the element at `first` on.
 template <typename T>
@@ -43,11 +39,11 @@ class Blocks {
   Blocks(const PeerContrast& args, const Host& host)
       : s_(args.sizes), host_(host), size_(block_size(s_)), pitch_(round_up<T>(s_.features)) {
     count_ = (s_.batch + size_ - 1) / size_;
-    rows_ = zeros<T>(count_ * width() * pitch_);
-    columns_ = array<T>(count_ * width() * pitch_);
-    squares_ = array<T>(s_.peers * padded_batch());
-    places_ = array<int64_t>(s_.batch);
-    run(host_, count_, [&](int64_t block) { pack(args, block); });
+    rows_ = shared_zeros<T>(host_, count_ * width() * pitch_);
+    columns_ = shared<T>(host_, count_ * width() * pitch_);
+    squares_ = shared<T>(host_, s_.peers * padded_batch());
+    places_ = shared<int64_t>(host_, s_.batch);
+    parallel(host_, count_, [&](int64_t block) { pack(args, block); });
   }
 
   // Rows of all peers together, with as few peers as fill a block.
@@ -75,7 +71,7 @@ class Blocks {
   void visit(Work work) const {
     const int64_t groups = count_ < kGroups ? (count_ + 1) / 2 * 2 : kGroups;
     for (int64_t round = 0; round < groups - 1; ++round) {
-      run(host_, groups / 2, [&](int64_t task) {
+      parallel(host_, groups / 2, [&](int64_t task) {
         // The circle method: the last group stays, the others turn.
         const int64_t p = task == 0 ? groups - 1 : (round + task) % (groups - 1);
         const int64_t q = (round - task + groups - 1) % (groups - 1);
@@ -86,18 +82,6 @@ class Blocks {
         visit_groups(p < q ? p : q, p < q ? q : p, groups, work);
       });
     }
-  }
-
-  // Memory for the whole call.
-  template <typename E>
-  E* array(int64_t count) const {
-    return static_cast<E*>(host_.shared(host_.self, count * sizeof(E)));
-  }
-  template <typename E>
-  E* zeros(int64_t count) const {
-    E* data = array<E>(count);
-    if (count > 0) std::memset(data, 0, count * sizeof(E));
-    return data;
   }
 
  private:

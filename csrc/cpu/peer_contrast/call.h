@@ -30,7 +30,7 @@ struct Call {
         blocks(given, caller),
         scale(static_cast<T>(1 / given.temperature)),
         soften(static_cast<T>(1 / (given.temperature * given.soft_temperature))),
-        positives(blocks.template zeros<int64_t>(blocks.padded_batch())) {
+        positives(shared_zeros<int64_t>(caller, blocks.padded_batch())) {
     find_positives();
     find_exponents();
   }

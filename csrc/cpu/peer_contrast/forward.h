@@ -20,7 +20,7 @@ class Forward {
 
   void operator()() {
     find_references();
-    for (double*& sums : sums_) sums = blocks_.template zeros<double>(call_.padded_pairs());
+    for (double*& sums : sums_) sums = shared_zeros<double>(call_.host, call_.padded_pairs());
     if (call_.finite) {
       if (call_.exponents == Exponents::kShifted) find_largest();
       with_exponents(call_.exponents, [&](auto exponents) {
@@ -41,7 +41,7 @@ class Forward {
   // would leave the rounding error of that large summand. Between peers it is 0 already.
   void find_references() {
     const int64_t padded = blocks_.padded_batch();
-    references_ = blocks_.template array<T>(s_.peers * padded);
+    references_ = shared<T>(call_.host, s_.peers * padded);
     for (int64_t i = 0; i < s_.peers; ++i) {
       for (int64_t r = 0; r < padded; r += kLanes<T>) {
         const auto square = [&](int64_t peer) { return load<T>(blocks_.squares(peer) + r); };
@@ -60,7 +60,7 @@ class Forward {
 
   void find_largest() {
     for (T*& largest : largest_) {
-      largest = blocks_.template array<T>(call_.padded_pairs());
+      largest = shared<T>(call_.host, call_.padded_pairs());
       for (int64_t k = 0; k < call_.padded_pairs(); ++k) largest[k] = -INFINITY;
     }
     blocks_.visit([&](int64_t a, int64_t b, const T* x) {

@@ -36,8 +36,8 @@ class Positives {
   };
 
   Means means() const {
-    Means* of_class = call_.blocks.template array<Means>(args_.classes);
-    run(call_.host, args_.classes, [&](int64_t k) { of_class[k] = means(k); });
+    Means* of_class = shared<Means>(call_.host, args_.classes);
+    parallel(call_.host, args_.classes, [&](int64_t k) { of_class[k] = means(k); });
     Means sum{};
     for (int64_t k = 0; k < args_.classes; ++k) {
       sum.within += of_class[k].within;
@@ -50,7 +50,7 @@ class Positives {
   // call.blocks, and calls written(image) when an image's rows are complete.
   template <typename Written>
   void add_gradient(double within, double between, T* gradient, Written written) const {
-    run(call_.host, args_.classes, [&](int64_t k) {
+    parallel(call_.host, args_.classes, [&](int64_t k) {
       const double factor = 1 / static_cast<double>(images(k) > 1 ? images(k) - 1 : 1);
       for (int64_t f = 0; f < call_.blocks.pitch() && images(k) > 1; f += kLanes<double>) {
         add_features(k, f, within * factor, between * factor, gradient);
