@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from pyext._operator import move_running
 from pyext.nn.hybrid_inference import are_block, tensors_of
 from pyext.nn.memory_format import memory_format_of, trains_on_the_cpu
 from pyext.ops.bn_relu_conv2d import OPERATOR as CONVOLUTION
@@ -148,7 +149,7 @@ def _move_running(
     old, new = [*tensors[2:4], *tensors[7:9]], [moments[0], moments[1] * spatial, squeezed[0], squeezed[1] * spatial]
     old += tensors[_GATES.stop :]
     new += [mean, var * spatial] * 2 + [attention_mean, attention_var, forget_mean, forget_var]
-    torch._foreach_lerp_(old, new, momentum)
+    move_running(old, new, momentum)
 
 
 def _module_backward(

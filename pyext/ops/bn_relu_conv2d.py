@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyext import _backend
+from pyext._operator import DTYPES, accumulate_dtype, move_running, no_cpu, no_reference, register_differentiable
 
 _OPS = torch.ops.pyext
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def reference(
@@ -40,10 +40,6 @@ def reference(
     return F.conv2d(F.relu(z), conv_weight.to(x.dtype), None, stride, conv_weight.shape[-1] // 2, 1, groups)
 
 
-def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def validate(
     x: Tensor,
     norm_weight: Tensor,
@@ -62,7 +58,7 @@ def validate(
     """
     if x.dim() != 4 or 0 in x.shape[1:]:
         raise ValueError(f"bn_relu_conv2d: x has shape {tuple(x.shape)}, expected (N, C, H, W), all but N at least 1")
-    if x.dtype not in _DTYPES:
+    if x.dtype not in DTYPES:
         raise TypeError(f"bn_relu_conv2d: x has dtype {x.dtype}, expected float32, float64, bfloat16 or float16")
     if stride not in (1, 2):
         raise ValueError(f"bn_relu_conv2d: stride is {stride}, expected 1 or 2")
@@ -71,10 +67,10 @@ def validate(
     _validate_convolution(x, conv_weight, groups)
     parameters = {"norm_weight": norm_weight, "norm_bias": norm_bias, "conv_weight": conv_weight}
     for name, tensor in parameters.items():
-        _validate_one(x, name, tensor, norm_weight.dtype, (x.dtype, _accumulate_dtype(x.dtype)))
+        _validate_one(x, name, tensor, norm_weight.dtype, (x.dtype, accumulate_dtype(x.dtype)))
     for name, statistic in zip(names, (mean, var), strict=True):
         if statistic is not None:
-            _validate_one(x, name, statistic, statistic.dtype, (x.dtype, _accumulate_dtype(x.dtype)))
+            _validate_one(x, name, statistic, statistic.dtype, (x.dtype, accumulate_dtype(x.dtype)))
 
 
 def _validate_convolution(x: Tensor, conv_weight: Tensor, groups: int) -> None:
@@ -106,24 +102,18 @@ def _validate_one(
         )
 
 
-def no_cpu(x: Tensor, conv_weight: Tensor | None = None, stride: int = 1, groups: int = 1) -> str | None:
-    """Why the CPU kernel cannot run; None when it can."""
-    if x.device.type != "cpu":
-        return f"x is on {x.device}, this backend runs on the CPU"
+def _no_cpu(x: Tensor, conv_weight: Tensor | None = None, stride: int = 1, groups: int = 1) -> str | None:
+    if reason := no_cpu("x", x):
+        return reason
     if conv_weight is not None and conv_weight.shape[2:] == (1, 1) and (stride != 1 or groups != 1):
         return "a 1x1 convolution with stride or groups has no kernel"
-    return None
-
-
-def no_reference(*_: object) -> str | None:
-    """Plain torch runs anywhere."""
     return None
 
 
 OPERATOR = _backend.register(
     _backend.Operator(
         "bn_relu_conv2d",
-        {"cpu": no_cpu, "reference": no_reference},
+        {"cpu": _no_cpu, "reference": no_reference},
         unwritten=("cuda", "triton"),
     )
 )
@@ -206,7 +196,7 @@ def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         if x.device.type == "cpu":
             return _OPS.bn_relu_conv2d_statistics(x.detach())
-        var, mean = torch.var_mean(x.detach().to(_accumulate_dtype(x.dtype)), (0, 2, 3), correction=0)
+        var, mean = torch.var_mean(x.detach().to(accumulate_dtype(x.dtype)), (0, 2, 3), correction=0)
         return mean, var
 
 
@@ -218,11 +208,11 @@ def _statistics(
     statistics: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
     if not batch and running_mean is not None and running_var is not None:
-        return running_mean.to(_accumulate_dtype(x.dtype)), running_var.to(_accumulate_dtype(x.dtype))
+        return running_mean.to(accumulate_dtype(x.dtype)), running_var.to(accumulate_dtype(x.dtype))
     if statistics is None:
         return batch_statistics(x)
     for kind, statistic in zip(("mean", "variance"), statistics, strict=True):
-        _validate_one(x, f"statistics ({kind})", statistic, statistic.dtype, (_accumulate_dtype(x.dtype),) * 2)
+        _validate_one(x, f"statistics ({kind})", statistic, statistic.dtype, (accumulate_dtype(x.dtype),) * 2)
     return statistics
 
 
@@ -233,13 +223,7 @@ def update_running(
     count = x.shape[0] * x.shape[2] * x.shape[3]
     if count == 0:
         return
-    with torch.no_grad():
-        for old, value in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
-            if old.dtype == value.dtype:
-                old.lerp_(value, momentum)
-            else:
-                # In the value's dtype: a variance beyond float16's range still moves a running one inside it.
-                old.copy_(old.to(value.dtype).lerp_(value, momentum))
+    move_running((running_mean, running_var), (mean, var * (count / (count - 1))), momentum)
 
 
 # --- registration of shapes and gradients -----------------------------------------------------------------------------
@@ -252,12 +236,12 @@ def _fake(x, norm_weight, norm_bias, conv_weight, mean, var, training, eps, stri
 
 
 def _fake_statistics(x):
-    vectors = (x.new_empty((x.shape[1],), dtype=_accumulate_dtype(x.dtype)) for _ in range(2))
+    vectors = (x.new_empty((x.shape[1],), dtype=accumulate_dtype(x.dtype)) for _ in range(2))
     return tuple(vectors)
 
 
 def _fake_backward(grad_out, x, norm_weight, norm_bias, conv_weight, *_):
-    wide = _accumulate_dtype(x.dtype)
+    wide = accumulate_dtype(x.dtype)
     parameters = (norm_weight, norm_bias, conv_weight)
     return x.new_empty(x.shape), *(x.new_empty(p.shape, dtype=wide) for p in parameters)
 
@@ -267,21 +251,11 @@ def _setup_context(ctx, inputs, output):
     ctx.options = inputs[6:]
 
 
-def _backward(ctx, grad_out):
-    grad_x, *grads = _OPS.bn_relu_conv2d_backward(grad_out, *ctx.saved_tensors, *ctx.options)
+def _backward(op, ctx, grad_out):
+    grad_x, *grads = op(grad_out, *ctx.saved_tensors, *ctx.options)
     grads = (grad.to(p.dtype) for grad, p in zip(grads, ctx.saved_tensors[1:4], strict=True))
     return grad_x, *grads, *(None,) * 6
 
 
-def _second_derivative(ctx, *_):
-    raise RuntimeError(
-        "bn_relu_conv2d: its kernels can be differentiated once; ask for pyext.backend('reference') where second "
-        "derivatives are needed"
-    )
-
-
-torch.library.register_fake("pyext::bn_relu_conv2d")(_fake)
 torch.library.register_fake("pyext::bn_relu_conv2d_statistics")(_fake_statistics)
-torch.library.register_fake("pyext::bn_relu_conv2d_backward")(_fake_backward)
-torch.library.register_autograd("pyext::bn_relu_conv2d", _backward, setup_context=_setup_context)
-torch.library.register_autograd("pyext::bn_relu_conv2d_backward", _second_derivative)
+register_differentiable("bn_relu_conv2d", _fake, _fake_backward, _setup_context, _backward, variants=("",))

@@ -14,7 +14,6 @@ The maps ``a_3`` and ``a_5`` reach the output only through their pooled vectors,
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -22,6 +21,15 @@ import torch.nn.functional as F
 from torch import _C, Tensor
 
 from pyext import _backend, _library
+from pyext._operator import (
+    DTYPES,
+    accumulate_dtype,
+    backends,
+    move_running,
+    register_differentiable,
+    register_triton,
+    triton_kernels,
+)
 
 _OPS = torch.ops.pyext
 
@@ -137,10 +145,6 @@ def reference(
     return u * forget.view(n, c, 1, 1) + broadcast.view(n, c, 1, 1)
 
 
-def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _rows(parameters: Sequence[Tensor]) -> tuple[int, int]:
     return parameters[_FORGET_ROWS].shape[0], parameters[_ATTENTION_ROWS].shape[0]
 
@@ -149,12 +153,11 @@ _FORGET_ROWS = PARAMETERS.index("fc1.bias")
 _ATTENTION_ROWS = PARAMETERS.index("fcall.bias")
 _FORGET_MEAN = RUNNING.index("bn_forget.running_mean")
 _ATTENTION_MEAN = RUNNING.index("bn_attention.running_mean")
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def validate(u: Tensor, parameters: Sequence[Tensor], running: Sequence[Tensor], training: bool) -> None:
     """Raise TypeError (dtype) or ValueError (shape, device) naming the argument that is wrong and what was expected."""
-    if u.dtype not in _DTYPES:
+    if u.dtype not in DTYPES:
         raise TypeError(f"gated_excitation: u has dtype {u.dtype}, expected float32, float64, bfloat16 or float16")
     if u.dim() != 4:
         raise ValueError(f"gated_excitation: u has shape {tuple(u.shape)}, expected (N, C, H, W)")
@@ -185,41 +188,14 @@ def _validate_one(name: str, tensor: Tensor, shape: tuple[int, ...], u: Tensor, 
         )
     if tensor.device != u.device:
         raise ValueError(f"gated_excitation: {name} is on {tensor.device}, expected u's device {u.device}")
-    if tensor.dtype not in (u.dtype, _accumulate_dtype(u.dtype)) or tensor.dtype != peer:
+    if tensor.dtype not in (u.dtype, accumulate_dtype(u.dtype)) or tensor.dtype != peer:
         raise TypeError(
             f"gated_excitation: {name} has dtype {tensor.dtype}, expected u's dtype {u.dtype} or "
-            f"{_accumulate_dtype(u.dtype)}, the same for all"
+            f"{accumulate_dtype(u.dtype)}, the same for all"
         )
 
 
-def _no_cpu(u: Tensor, *_: object) -> str | None:
-    return None if u.device.type == "cpu" else f"u is on {u.device}, this backend runs on the CPU"
-
-
-def _no_cuda(u: Tensor, *_: object) -> str | None:
-    if u.device.type != "cuda":
-        return f"u is on {u.device}, this backend runs on CUDA devices"
-    if u.dtype == torch.float64:
-        return "float64 runs on the CPU and in the reference only"
-    return _library.cuda_error
-
-
-def _no_triton(u: Tensor, *_: object) -> str | None:
-    if u.dtype == torch.float64:
-        return "float64 runs on the CPU and in the reference only"
-    return _library.triton_error(u.device)
-
-
-def _no_reference(*_: object) -> str | None:
-    return None
-
-
-OPERATOR = _backend.register(
-    _backend.Operator(
-        "gated_excitation",
-        {"cpu": _no_cpu, "cuda": _no_cuda, "triton": _no_triton, "reference": _no_reference},
-    )
-)
+OPERATOR = _backend.register(_backend.Operator("gated_excitation", backends("u")))
 
 
 def gated_excitation(
@@ -354,13 +330,7 @@ def _update_running(running: Sequence[Tensor], batch: Sequence[Tensor], u: Tenso
     forget_mean, attention_mean = hidden_mean.split(rows)
     forget_var, attention_var = (hidden_var * (n / (n - 1))).split(rows)
     new = [mean, var, mean, var, attention_mean, attention_var, forget_mean, forget_var]
-    with torch.no_grad():
-        if running[0].dtype == mean.dtype:
-            torch._foreach_lerp_(list(running), new, momentum)
-            return
-        for old, value in zip(running, new, strict=True):
-            # In the value's dtype: a variance beyond float16's range still moves a running one that stays inside it.
-            old.copy_(old.to(value.dtype).lerp_(value, momentum))
+    move_running(running, new, momentum)
 
 
 # --- registration of shapes, gradients and the Triton kernels ---------------------------------------------------------
@@ -372,7 +342,7 @@ def _empty_outputs(u: Tensor, parameters: Sequence[Tensor], training: bool, save
     hidden = sum(_rows(parameters))
     saved = ((n, 3, h * w), (n, 3, c), (n, hidden)) if save else ((0,),) * 3
     statistics = ((2, c), (2, hidden)) if training else ((0,),) * 2
-    return tuple(u.new_empty(shape, dtype=_accumulate_dtype(u.dtype)) for shape in (*saved, *statistics))
+    return tuple(u.new_empty(shape, dtype=accumulate_dtype(u.dtype)) for shape in (*saved, *statistics))
 
 
 def _fake_forward(u, parameters, running, training, eps, save):
@@ -387,7 +357,7 @@ def _fake_out(u, parameters, running, training, eps, *, out):
 
 def _fake_backward(grad_out, u, parameters, running, *saved_training_eps):
     numel = sum(p.numel() for p in parameters)
-    return torch.empty_like(u), u.new_empty((numel,), dtype=_accumulate_dtype(u.dtype))
+    return torch.empty_like(u), u.new_empty((numel,), dtype=accumulate_dtype(u.dtype))
 
 
 def _setup_context(ctx, inputs, output):
@@ -442,42 +412,23 @@ class _Eager(torch.autograd.Function):
         return None, None, None, None, None, grad_u, *grads, *nothing
 
 
-def _second_derivative(ctx, *_):
-    raise RuntimeError(
-        "gated_excitation: its kernels can be differentiated once; ask for pyext.backend('reference') where second "
-        "derivatives are needed"
-    )
-
-
-def _triton_kernels():
-    from pyext.triton_kernels import gated_excitation as kernels
-
-    return kernels
-
-
 def _triton_forward(u, parameters, running, training, eps, save):
     validate(u, parameters, running, training)  # a kernel reads past the end of a tensor that is too short
-    return _triton_kernels().forward(u, parameters, running, training, eps, save)
+    return triton_kernels("gated_excitation").forward(u, parameters, running, training, eps, save)
 
 
 def _triton_out(u, parameters, running, training, eps, *, out):
     validate(u, parameters, running, training)
-    return _triton_kernels().forward_out(u, parameters, running, training, eps, out)
+    return triton_kernels("gated_excitation").forward_out(u, parameters, running, training, eps, out)
 
 
 def _triton_backward(*args):
-    return _triton_kernels().backward(*args)
+    return triton_kernels("gated_excitation").backward(*args)
 
 
+register_differentiable("gated_excitation", _fake_forward, _fake_backward, _setup_context, _backward)
+register_triton("gated_excitation_triton", _triton_forward)
+register_triton("gated_excitation_backward_triton", _triton_backward)
 for _variant in ("", "_triton"):
-    _name, _backward_name = f"pyext::gated_excitation{_variant}", f"pyext::gated_excitation_backward{_variant}"
-    torch.library.register_fake(_name)(_fake_forward)
-    torch.library.register_fake(f"{_name}_out")(_fake_out)
-    torch.library.register_fake(_backward_name)(_fake_backward)
-    _gradient = functools.partial(_backward, getattr(_OPS, f"gated_excitation_backward{_variant}"))
-    torch.library.register_autograd(_name, _gradient, setup_context=_setup_context)
-    torch.library.register_autograd(_backward_name, _second_derivative)
-for _device in ("CPU", "CUDA"):
-    torch.library.impl("pyext::gated_excitation_triton", _device)(_triton_forward)
-    torch.library.impl("pyext::gated_excitation_triton_out", _device)(_triton_out)
-    torch.library.impl("pyext::gated_excitation_backward_triton", _device)(_triton_backward)
+    torch.library.register_fake(f"pyext::gated_excitation{_variant}_out")(_fake_out)
+register_triton("gated_excitation_triton_out", _triton_out)

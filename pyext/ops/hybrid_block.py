@@ -14,14 +14,15 @@ an image goes through the whole block while it is in cache.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyext import _backend, _library
+from pyext import _backend
+from pyext._operator import DTYPES, backends, register_triton, triton_kernels
 from pyext.ops.gated_excitation import PARAMETERS, RUNNING, parameter_shapes
 from pyext.ops.gated_excitation import reference as gates_reference
 
@@ -42,7 +43,6 @@ SQUEEZE = (
 TENSORS = (*SQUEEZE, *PARAMETERS, *RUNNING)
 """State-dict names of one module's tensors, in the order in which every layer passes them."""
 _CONV1, _CONV2 = (TENSORS.index(f"{cell}.conv.weight") for cell in ("conv1_1x1", "conv2_3x3"))
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Extents(NamedTuple):
@@ -161,38 +161,14 @@ def _no_inference(x: Tensor, tensors: Sequence[Tensor] = (), *_: object) -> str 
     return None
 
 
-def no_cpu(x: Tensor, *rest: Sequence[Tensor]) -> str | None:
-    """Why the CPU kernel cannot run; None when it can."""
-    if x.device.type != "cpu":
-        return f"x is on {x.device}, this backend runs on the CPU"
-    return _no_inference(x, *rest)
-
-
-def no_cuda(x: Tensor, *rest: Sequence[Tensor]) -> str | None:
-    """Why the CUDA kernel cannot run; None when it can."""
-    if x.device.type != "cuda":
-        return f"x is on {x.device}, this backend runs on CUDA devices"
-    if x.dtype == torch.float64:
-        return "float64 runs on the CPU and in the reference only"
-    return _no_inference(x, *rest) or _library.cuda_error
-
-
-def no_triton(x: Tensor, *rest: Sequence[Tensor]) -> str | None:
-    """Why the Triton kernels cannot run; None when they can."""
-    if x.dtype == torch.float64:
-        return "float64 runs on the CPU and in the reference only"
-    return _no_inference(x, *rest) or _library.triton_error(x.device)
-
-
-def no_reference(*_: object) -> str | None:
-    """Plain torch runs anywhere."""
-    return None
+def _for_inference(why: Callable[..., str | None]) -> Callable[..., str | None]:
+    return lambda x, *rest: why(x) or _no_inference(x, *rest)
 
 
 OPERATOR = _backend.register(
     _backend.Operator(
         "hybrid_block",
-        {"cpu": no_cpu, "cuda": no_cuda, "triton": no_triton, "reference": no_reference},
+        {name: why if name == "reference" else _for_inference(why) for name, why in backends("x").items()},
         differentiable=False,
     )
 )
@@ -256,11 +232,8 @@ torch.library.register_fake("pyext::hybrid_block_triton")(_fake)
 
 
 def _triton_forward(x, tensors, extents, eps):
-    from pyext.triton_kernels import hybrid_block as kernels
-
     validate(x, tensors, Extents(*extents), eps)  # a kernel reads past the end of a tensor that is too short
-    return kernels.forward(x, tensors, extents, eps)
+    return triton_kernels("hybrid_block").forward(x, tensors, extents, eps)
 
 
-for _device in ("CPU", "CUDA"):
-    torch.library.impl("pyext::hybrid_block_triton", _device)(_triton_forward)
+register_triton("hybrid_block_triton", _triton_forward)

@@ -19,25 +19,20 @@ depend on the number of threads. On a GPU, rows are gathered as the indices come
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from pyext import _backend, _library
+from pyext import _backend
+from pyext._operator import DTYPES, accumulate_dtype, backends, register_differentiable, register_triton, triton_kernels
 
 _OPS = torch.ops.pyext
 
 EPSILON = 1e-7
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 _LEAST_TEMPERATURE = {torch.float32: 1 / 88, torch.float64: 1 / 709}
 """Below these, exp(1/temperature), the exponential of a perfect match, is infinite."""
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which tensors of `dtype` are computed with."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def reference(embeddings: Tensor, banks: Sequence[Tensor], indices: Tensor, temperature: float = 0.1) -> Tensor:
@@ -128,40 +123,7 @@ def _validate_temperature(dtype: torch.dtype, temperature: float) -> None:
         )
 
 
-def no_cpu(embeddings: Tensor, *_: object) -> str | None:
-    """Why the CPU kernels of the memory banks cannot run; None when they can."""
-    device = embeddings.device
-    return None if device.type == "cpu" else f"embeddings is on {device}, this backend runs on the CPU"
-
-
-def no_cuda(embeddings: Tensor, *_: object) -> str | None:
-    """Why the CUDA kernels of the memory banks cannot run; None when they can."""
-    if embeddings.device.type != "cuda":
-        return f"embeddings is on {embeddings.device}, this backend runs on CUDA devices"
-    if embeddings.dtype == torch.float64:
-        return "float64 runs on the CPU and in the reference only"
-    return _library.cuda_error
-
-
-def no_triton(embeddings: Tensor, *_: object) -> str | None:
-    """Why the Triton kernels of the memory banks cannot run; None when they can."""
-    if embeddings.dtype == torch.float64:
-        return "float64 runs on the CPU and in the reference only"
-    error = _library.triton_error(embeddings.device)
-    return None if error is None else f"embeddings is on {embeddings.device}: {error}"
-
-
-def no_reference(*_: object) -> str | None:
-    """Plain torch runs anywhere."""
-    return None
-
-
-OPERATOR = _backend.register(
-    _backend.Operator(
-        "memory_contrast",
-        {"cpu": no_cpu, "cuda": no_cuda, "triton": no_triton, "reference": no_reference},
-    )
-)
+OPERATOR = _backend.register(_backend.Operator("memory_contrast", backends("embeddings")))
 
 
 def memory_contrast(
@@ -248,35 +210,15 @@ def _backward(op, ctx, grad_loss, *_):
     return grad, [None] * ctx.num_banks, None, None, None
 
 
-def _second_derivative(ctx, *_):
-    raise RuntimeError(
-        "memory_contrast: its kernels can be differentiated once; ask for pyext.backend('reference') where second "
-        "derivatives are needed"
-    )
-
-
-def _triton_kernels():
-    from pyext.triton_kernels import memory_contrast as kernels
-
-    return kernels
-
-
 def _triton_forward(embeddings, banks, indices, temperature, tiled):
     validate(embeddings, banks, indices, temperature)  # a kernel reads past the end of a tensor that is too short
-    return _triton_kernels().forward(embeddings, banks, indices, temperature)
+    return triton_kernels("memory_contrast").forward(embeddings, banks, indices, temperature)
 
 
 def _triton_backward(*args):
-    return _triton_kernels().backward(*args)
+    return triton_kernels("memory_contrast").backward(*args)
 
 
-for _variant in ("", "_triton"):
-    _name, _backward_name = f"pyext::memory_contrast{_variant}", f"pyext::memory_contrast_backward{_variant}"
-    torch.library.register_fake(_name)(_fake_forward)
-    torch.library.register_fake(_backward_name)(_fake_backward)
-    _gradient = functools.partial(_backward, getattr(_OPS, f"memory_contrast_backward{_variant}"))
-    torch.library.register_autograd(_name, _gradient, setup_context=_setup_context)
-    torch.library.register_autograd(_backward_name, _second_derivative)
-for _device in ("CPU", "CUDA"):
-    torch.library.impl("pyext::memory_contrast_triton", _device)(_triton_forward)
-    torch.library.impl("pyext::memory_contrast_backward_triton", _device)(_triton_backward)
+register_differentiable("memory_contrast", _fake_forward, _fake_backward, _setup_context, _backward)
+register_triton("memory_contrast_triton", _triton_forward)
+register_triton("memory_contrast_backward_triton", _triton_backward)

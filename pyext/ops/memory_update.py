@@ -17,15 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyext import _backend
-from pyext.ops.memory_contrast import (
-    accumulate_dtype,
-    no_cpu,
-    no_cuda,
-    no_reference,
-    no_triton,
-    validate_banks,
-    validate_range,
-)
+from pyext._operator import accumulate_dtype, backends, register_triton, triton_kernels
+from pyext.ops.memory_contrast import validate_banks, validate_range
 
 _OPS = torch.ops.pyext
 
@@ -60,13 +53,7 @@ def _validate_momentum(momentum: float) -> None:
         raise ValueError(f"memory_update: momentum is {momentum}, expected 0 to 1")
 
 
-OPERATOR = _backend.register(
-    _backend.Operator(
-        "memory_update",
-        {"cpu": no_cpu, "cuda": no_cuda, "triton": no_triton, "reference": no_reference},
-        differentiable=False,
-    )
-)
+OPERATOR = _backend.register(_backend.Operator("memory_update", backends("embeddings"), differentiable=False))
 
 
 def memory_update(
@@ -119,13 +106,10 @@ def _fake_update(banks, embeddings, index, momentum):
 
 
 def _triton_update(*args):
-    from pyext.triton_kernels import memory_update as kernels
-
     validate(*args)  # a kernel reads past the end of a tensor that is too short
-    kernels.update(*args)
+    triton_kernels("memory_update").update(*args)
 
 
 for _variant in ("", "_triton"):
     torch.library.register_fake(f"pyext::memory_update{_variant}")(_fake_update)
-for _device in ("CPU", "CUDA"):
-    torch.library.impl("pyext::memory_update_triton", _device)(_triton_update)
+register_triton("memory_update_triton", _triton_update)

@@ -23,7 +23,6 @@ once in the backward pass, after a pass for the largest of them where an exponen
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -31,10 +30,9 @@ import torch
 from torch import _C, Tensor
 
 from pyext import _backend, _library
+from pyext._operator import DTYPES, accumulate_dtype, backends, register_differentiable, register_triton, triton_kernels
 
 _OPS = torch.ops.pyext
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class PeerContrastTerms(NamedTuple):
@@ -44,11 +42,6 @@ class PeerContrastTerms(NamedTuple):
     icl: Tensor
     soft_vcl: Tensor
     soft_icl: Tensor
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which tensors of `dtype` are computed with."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _contrast(x: Tensor, positive: Tensor, counts: Tensor, first: int) -> Tensor:
@@ -121,36 +114,7 @@ def validate(
         raise ValueError(f"{op}: rows is ({start}, {stop}), expected 0 <= start <= stop <= {batch}")
 
 
-def _no_cpu(embeddings: Tensor, *_: object) -> str | None:
-    device = embeddings.device
-    return None if device.type == "cpu" else f"embeddings is on {device}, this backend runs on the CPU"
-
-
-def _no_cuda(embeddings: Tensor, *_: object) -> str | None:
-    if embeddings.device.type != "cuda":
-        return f"embeddings is on {embeddings.device}, this backend runs on CUDA devices"
-    if embeddings.dtype == torch.float64:
-        return "float64 runs on the CPU and in the reference only"
-    return _library.cuda_error
-
-
-def _no_triton(embeddings: Tensor, *_: object) -> str | None:
-    if embeddings.dtype == torch.float64:
-        return "float64 runs on the CPU and in the reference only"
-    error = _library.triton_error(embeddings.device)
-    return None if error is None else f"embeddings is on {embeddings.device}: {error}"
-
-
-def _no_reference(*_: object) -> str | None:
-    return None
-
-
-OPERATOR = _backend.register(
-    _backend.Operator(
-        "peer_contrast",
-        {"cpu": _no_cpu, "cuda": _no_cuda, "triton": _no_triton, "reference": _no_reference},
-    )
-)
+OPERATOR = _backend.register(_backend.Operator("peer_contrast", backends("embeddings")))
 
 
 def stacked(embeddings: Tensor | Sequence[Tensor]) -> Tensor:
@@ -287,35 +251,15 @@ class _Eager(torch.autograd.Function):
         return None, None, grad, *(None,) * 5
 
 
-def _second_derivative(ctx, *_):
-    raise RuntimeError(
-        "peer_contrast: its kernels can be differentiated once; ask for pyext.backend('reference') where second "
-        "derivatives are needed"
-    )
-
-
-def _triton_kernels():
-    from pyext.triton_kernels import peer_contrast as kernels
-
-    return kernels
-
-
 def _triton_forward(embeddings, labels, temperature, soft_temperature, start, stop):
     validate(embeddings, labels, temperature, soft_temperature, start, stop)  # kernels read what shapes promise
-    return _triton_kernels().forward(embeddings, labels, temperature, soft_temperature, start, stop)
+    return triton_kernels("peer_contrast").forward(embeddings, labels, temperature, soft_temperature, start, stop)
 
 
 def _triton_backward(*args):
-    return _triton_kernels().backward(*args)
+    return triton_kernels("peer_contrast").backward(*args)
 
 
-for _variant in ("", "_triton"):
-    _name, _backward_name = f"pyext::peer_contrast{_variant}", f"pyext::peer_contrast_backward{_variant}"
-    torch.library.register_fake(_name)(_fake_forward)
-    torch.library.register_fake(_backward_name)(_fake_backward)
-    _gradient = functools.partial(_backward, getattr(_OPS, f"peer_contrast_backward{_variant}"))
-    torch.library.register_autograd(_name, _gradient, setup_context=_setup_context)
-    torch.library.register_autograd(_backward_name, _second_derivative)
-for _device in ("CPU", "CUDA"):
-    torch.library.impl("pyext::peer_contrast_triton", _device)(_triton_forward)
-    torch.library.impl("pyext::peer_contrast_backward_triton", _device)(_triton_backward)
+register_differentiable("peer_contrast", _fake_forward, _fake_backward, _setup_context, _backward)
+register_triton("peer_contrast_triton", _triton_forward)
+register_triton("peer_contrast_backward_triton", _triton_backward)
