@@ -194,7 +194,7 @@ def _run(variant: str, embeddings: Tensor, labels: Tensor, *numbers: float) -> t
     if _library.is_traced():
         return forward(embeddings, labels, *numbers)[0].unbind()
     if embeddings.requires_grad and torch.is_grad_enabled():
-        return _Eager.apply(forward, backward, embeddings, labels, *numbers)
+        return _Eager.apply(forward, backward, embeddings, labels, *numbers).unbind()
     with _C._AutoDispatchBelowAutograd():
         return forward(embeddings, labels, *numbers)[0].unbind()
 
@@ -237,13 +237,11 @@ class _Eager(torch.autograd.Function):
             terms, normalisers = forward(embeddings, labels, *numbers)
         ctx.save_for_backward(embeddings, labels, normalisers)
         ctx.set_materialize_grads(False)
-        return terms.unbind()
+        return terms
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx, grad_terms):
         embeddings, labels, normalisers = ctx.saved_tensors
-        zero = normalisers.new_zeros(())
-        grad_terms = torch.stack([zero if grad is None else grad for grad in grads])
         # With create_graph the dispatcher's own gradient of the backward pass is needed: it refuses in words.
         below = contextlib.nullcontext() if torch.is_grad_enabled() else _C._AutoDispatchBelowAutograd()
         with below:

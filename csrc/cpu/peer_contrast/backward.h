@@ -13,7 +13,9 @@ class Backward {
   explicit Backward(const Call<T>& call) : call_(call), s_(call.s), blocks_(call.blocks) {}
 
   void operator()() {
-    gradient_ = shared_zeros<T>(call_.host, s_.peers * blocks_.padded_batch() * blocks_.pitch());
+    const int64_t block = blocks_.width() * blocks_.pitch();
+    gradient_ = shared<T>(call_.host, blocks_.count() * block);
+    parallel(call_.host, blocks_.count(), [&](int64_t k) { std::memset(gradient_ + k * block, 0, block * sizeof(T)); });
     if (!call_.finite && s_.start < s_.stop) return write_not_finite();
     prepare_weights();
     with_exponents(call_.exponents, [&](auto exponents) {

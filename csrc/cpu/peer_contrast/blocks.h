@@ -39,7 +39,7 @@ class Blocks {
   Blocks(const PeerContrast& args, const Host& host)
       : s_(args.sizes), host_(host), size_(block_size(s_)), pitch_(round_up<T>(s_.features)) {
     count_ = (s_.batch + size_ - 1) / size_;
-    rows_ = shared_zeros<T>(host_, count_ * width() * pitch_);
+    rows_ = shared<T>(host_, count_ * width() * pitch_);
     columns_ = shared<T>(host_, count_ * width() * pitch_);
     squares_ = shared<T>(host_, s_.peers * padded_batch());
     places_ = shared<int64_t>(host_, s_.batch);
@@ -102,9 +102,11 @@ class Blocks {
     T* to = rows_ + block * width() * pitch_;
     for (int64_t r = 0; r < valid(block); ++r) places_[block * size_ + r] = (block * width() + r) * pitch_;
     for (int64_t peer = 0; peer < s_.peers; ++peer) {
-      for (int64_t r = 0; r < valid(block); ++r) {
+      for (int64_t r = 0; r < size_; ++r, to += pitch_) {
+        const int64_t features = r < valid(block) ? s_.features : 0;
         const int64_t first = (peer * s_.batch + block * size_ + r) * s_.features;
-        read_row<T>(args.embeddings, args.dtype, first, s_.features, to + (peer * size_ + r) * pitch_);
+        if (features > 0) read_row<T>(args.embeddings, args.dtype, first, features, to);
+        std::memset(to + features, 0, (pitch_ - features) * sizeof(T));
       }
     }
     for (int64_t r = 0; r < width(); r += kLanes<T>) transpose(block, r);
