@@ -48,15 +48,22 @@ def _train(contender: Contender) -> None:
 def measure(name: str) -> int:
     """Bytes at the peak of a few training steps on the CPU above those held before the contender was built."""
     contender = memory_case(torch.device("cpu")).contender(name)
-    start = _peak()
+    start = peak_resident()
     _train(contender)
-    return _peak() - start
+    return peak_resident() - start
 
 
-def _peak() -> int:
+def peak_resident() -> int:
+    """Bytes that this process has held in memory at most."""
     # Not getrusage: its figure starts from what the parent process had at its peak.
     status = Path("/proc/self/status").read_text()
     return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+
+
+def reset_peak_resident() -> int:
+    """Forget earlier peaks; bytes that this process holds in memory now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_resident()
 
 
 if __name__ == "__main__":

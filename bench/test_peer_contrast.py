@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +62,36 @@ class Setup:
         return self.build("eager", torch.float64)
 
 
+@dataclass(frozen=True)
+class OnePeer(Setup):
+    """The supervised contrastive loss (arXiv 2004.11362) of one peer's embeddings: `peer_contrast` as a drop-in."""
+
+    peers: int = field(default=1, init=False)
+
+    def build(self, kind: str, dtype: torch.dtype = torch.float32) -> Runner:
+        embeddings, labels = self.draw(dtype)
+        v = embeddings[0].requires_grad_()
+        loss = self._loss(kind)
+
+        def run() -> Tensor:
+            v.grad = None
+            out = loss(v, labels)
+            out.backward()
+            return out.detach()
+
+        return Runner(run, lambda: {"loss": run(), "grad_embeddings": v.grad})
+
+    def _loss(self, kind: str) -> Callable[[Tensor, Tensor], Tensor]:
+        if kind == "pytorch-metric-learning":
+            from pytorch_metric_learning.losses import SupConLoss
+
+            return SupConLoss(temperature=0.1)
+        if kind == "torch.compile":
+            return torch.compile(self._loss("eager"), dynamic=False)
+        call = peer_contrast if kind == "pyext" else reference
+        return lambda v, labels: call(F.normalize(v)[None], labels).vcl  # as SupConLoss does it
+
+
 def _case(setup: Setup) -> Case:
     kinds = ("pyext", "eager", "torch.compile")
     return Case(
@@ -71,9 +103,23 @@ def _case(setup: Setup) -> Case:
     )
 
 
+def _one_peer_case(setup: OnePeer) -> Case:
+    kinds = ["pyext", "eager", "torch.compile"]
+    if importlib.util.find_spec("pytorch_metric_learning"):
+        kinds.append("pytorch-metric-learning")
+    return Case(
+        f"peer_contrast as supervised contrastive loss forward+backward {setup.batch} images",
+        [Contender(kind, functools.partial(setup.build, kind), kind == "pyext") for kind in kinds],
+        setup.truth,
+        functools.partial(work, 1, setup.batch, FEATURES),
+    )
+
+
 def cases(device: torch.device) -> list[Case]:
-    """Forward with backward on the CPU; there are no kernels for other devices yet."""
-    return [_case(Setup(*size)) for size in SIZES] if device.type == "cpu" else []
+    """Forward with backward on the CPU."""
+    if device.type != "cpu":
+        return []
+    return [_case(Setup(*size)) for size in SIZES] + [_one_peer_case(OnePeer(batch)) for batch in (256, 2048)]
 
 
 def test_peer_contrast(speed, case, contender):
