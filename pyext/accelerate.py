@@ -19,10 +19,21 @@ import torch
 from torch import Tensor, nn
 
 from pyext import _backend
-from pyext.nn import SMG, GatedExcitation, HybridBlock, Transition
-from pyext.nn.bn_relu_conv2d import BNReLUConv2d
+from pyext.nn import (
+    SMG,
+    BNReLUConv2d,
+    BNReLUConvSequential,
+    DenseBlock,
+    DenseLayer,
+    GatedExcitation,
+    HybridBlock,
+    Transition,
+)
+from pyext.nn.bn_relu_conv2d import is_cell
 
-_FUSED = (GatedExcitation, HybridBlock, SMG, Transition)
+_FUSED = (BNReLUConvSequential, DenseBlock, GatedExcitation, HybridBlock, SMG, Transition)
+_WHOLE = (SMG, Transition, DenseBlock)
+"""Fused classes that stand for all that is below them; the others are filled with modules that may be fused too."""
 _PREACTIVATIONS = ("conv1_1x1", "conv2_3x3", "conv_3x3", "conv_5x5")
 _CONVOLUTIONS = (
     "global_context3x3",
@@ -96,14 +107,14 @@ def _swap(module: nn.Module, survey: _Survey, done: dict[int, tuple[nn.Module, n
     verdict = survey.verdict(module)
     # The original is kept beside its replacement so that its id cannot be given to another module meanwhile.
     done[id(module)] = module, module
-    if verdict.fused in (SMG, Transition):
+    if verdict.fused in _WHOLE:
         done[id(module)] = module, _fuse(module, verdict)
         return done[id(module)][1]
     for name, child in module._modules.items():
         if child is not None:
             module._modules[name] = _swap(child, survey, done)
-    if verdict.fused is HybridBlock:
-        done[id(module)] = module, _fuse_block(module)
+    if verdict.fused is not None:
+        done[id(module)] = module, _refill(module, verdict.fused)
     return done[id(module)][1]
 
 
@@ -137,18 +148,23 @@ class _Survey:
             return _Verdict(reason="it is compiled by torch.jit")
         if isinstance(module, _FUSED):
             return _Verdict()
+        if _resembles_dense_block(module):
+            reason = _unlike_dense_block(module) or _not_swappable(module)
+            return _Verdict(reason=reason) if reason else _try_out(module, DenseBlock)
         if isinstance(module, nn.Sequential):
-            return self._judge_block(module)
+            return self._judge_sequential(module)
         # Half of the names: a relative of the published modules, worth a reason; fewer: nothing to do with them.
         if sum(name in module._modules for name in _REQUIRED) < len(_REQUIRED) // 2:
             return _Verdict()
         reason = _unlike_published(module) or _not_swappable(module)
-        return _Verdict(reason=reason) if reason else _try_out(module)
+        return _Verdict(reason=reason) if reason else _try_out(module, SMG)
 
-    def _judge_block(self, block: nn.Sequential) -> _Verdict:
+    def _judge_sequential(self, block: nn.Sequential) -> _Verdict:
         layers = [self.verdict(layer) for layer in block]
         if not layers or any(layer.fused is not SMG for layer in layers):
-            return _Verdict()
+            has_cells = any(is_cell(list(block)[i : i + 3]) for i in range(len(block)))
+            plain = type(block).forward is nn.Sequential.forward and _not_swappable(block) is None
+            return _Verdict(BNReLUConvSequential) if has_cells and plain else _Verdict()
         if any(a.out_channels != b.in_channels for a, b in itertools.pairwise(layers)):
             return _Verdict(reason="its modules do not follow one another in channels")
         if type(block).forward is not nn.Sequential.forward:
@@ -197,6 +213,29 @@ def _unlike_preactivation(module: Any) -> str | None:
         if type(children[name]) is not kind:
             return f"{name} is a {type(children[name]).__name__}, expected {kind.__name__}"
     return _not_swappable(module)
+
+
+_DENSE_CELLS = (("norm1", "relu1", "conv1"), ("norm2", "relu2", "conv2"))
+_DENSE_LAYER = {name for cell in _DENSE_CELLS for name in cell}
+
+
+def _resembles_dense_block(module: nn.Module) -> bool:
+    layers = [{name for name, _ in layer.named_children()} for layer in module.children()]
+    return bool(layers) and all(names >= _DENSE_LAYER for names in layers)
+
+
+def _unlike_dense_block(block: Any) -> str | None:
+    """The first difference in structure between `block` and torchvision's; None if there is none."""
+    for name, layer in block._modules.items():
+        if set(layer._modules) != _DENSE_LAYER:
+            return f"{name} has submodules {', '.join(layer._modules)}, expected {', '.join(sorted(_DENSE_LAYER))}"
+        for cell in _DENSE_CELLS:
+            kinds = [type(layer._modules[part]) for part in cell]
+            if kinds != [nn.BatchNorm2d, nn.ReLU, nn.Conv2d]:
+                return f"{name}: {', '.join(cell)} are {', '.join(kind.__name__ for kind in kinds)}"
+        if reason := _not_swappable(layer):
+            return f"{name}: {reason}"
+    return None
 
 
 def _has_call_hooks(module: nn.Module) -> bool:
@@ -266,17 +305,21 @@ class _DropBlockProbe(nn.Module):
         return 2 * x + 1
 
 
-def _try_out(module: Any) -> _Verdict:
+def _try_out(module: Any, kind: type[nn.Module]) -> _Verdict:
+    """Whether `module` does what its fused form does; `kind`: DenseBlock, or SMG for that and Transition."""
     try:
         original = copy.deepcopy(module).cpu().double()
     except (RuntimeError, NotImplementedError, TypeError) as error:
         return _Verdict(reason=f"it cannot be copied and tried out: {error}")
     generator = torch.Generator().manual_seed(0)
     _prepare(original, generator)
+    first = next(m for m in original.modules() if isinstance(m, nn.BatchNorm2d))
+    if kind is SMG:
+        first = original.conv1_1x1.norm
     # 3 images: with 2, batch normalisation would give nearly the same values whatever came before it.
-    x = torch.randn((3, original.conv1_1x1.norm.num_features, 5, 5), generator=generator, dtype=torch.float64)
+    x = torch.randn((3, first.num_features, 5, 5), generator=generator, dtype=torch.float64)
     with _isolated():
-        return _compare(original, x)
+        return _compare(original, x, _Verdict(kind) if kind is DenseBlock else _Verdict())
 
 
 def _prepare(module: Any, generator: torch.Generator) -> None:
@@ -303,12 +346,12 @@ def _isolated() -> Iterator[None]:
         yield
 
 
-def _compare(original: Any, x: Tensor) -> _Verdict:
-    verdict = _Verdict()
+def _compare(original: Any, x: Tensor, verdict: _Verdict) -> _Verdict:
     for training in (False, True):
         original.train(training)
         twin = copy.deepcopy(original)
         try:
+            torch.manual_seed(0)  # of dropout
             expected = original(x)
         except Exception as error:  # whatever a foreign forward raises is a reason to leave it alone
             return _Verdict(reason=f"its forward fails on a {tuple(x.shape)} input: {error}")
@@ -317,6 +360,7 @@ def _compare(original: Any, x: Tensor) -> _Verdict:
         if verdict.fused is None:
             return verdict
         replacement = _fuse(twin, verdict)
+        torch.manual_seed(0)
         if not (_agree(replacement(x), expected) and _same_state(replacement, original)):
             mode = "training" if training else "eval"
             return _Verdict(reason=f"its outputs differ from those of {verdict.fused.__name__} ({mode} mode)")
@@ -354,6 +398,8 @@ def _same_state(a: nn.Module, b: nn.Module) -> bool:
 
 def _fuse(module: Any, verdict: _Verdict) -> Any:
     assert verdict.fused is not None
+    if verdict.fused is DenseBlock:
+        return _fuse_dense_block(module)
     fused = _like(module, verdict.fused)
     c = module.conv2_3x3.conv.out_channels
     fused.in_channels = verdict.in_channels
@@ -381,9 +427,20 @@ def _fuse_preactivation(module: Any) -> BNReLUConv2d:
     return fused
 
 
-def _fuse_block(block: nn.Module) -> HybridBlock:
-    fused = _like(block, HybridBlock)
-    for name, child in block._modules.items():
+def _fuse_dense_block(block: nn.Module) -> DenseBlock:
+    fused = _like(block, DenseBlock)
+    for name, layer in block._modules.items():
+        assert layer is not None
+        layer_fused = _refill(layer, DenseLayer)
+        layer_fused.drop_rate = float(getattr(layer, "drop_rate", 0.0))
+        fused.add_module(name, layer_fused)
+    return fused
+
+
+def _refill(module: nn.Module, kind: type[nn.Module]) -> Any:
+    """A module of class `kind` with the submodules of `module`."""
+    fused = _like(module, kind)
+    for name, child in module._modules.items():
         fused.add_module(name, child)
     return fused
 
@@ -426,8 +483,8 @@ def _describe(
         lines.append(f"  {path or '(the model)'}: {state}")
     elif not module._modules:
         rest[type(module).__name__] += 1
-    leaves = (GatedExcitation, SMG, Transition, torch.jit.ScriptModule)
-    if verdict.fused in (SMG, Transition) or isinstance(module, leaves):
+    leaves = (GatedExcitation, *_WHOLE, torch.jit.ScriptModule)
+    if verdict.fused in _WHOLE or isinstance(module, leaves):
         return
     for name, child in module._modules.items():
         if child is not None:
@@ -439,7 +496,7 @@ def _state(module: Any, verdict: _Verdict) -> str | None:
     if isinstance(module, _FUSED):
         origin = getattr(module, "replaces", None)
         swapped = f"swapped, was {origin}" if origin else "fused"
-        reason = None if isinstance(module, HybridBlock) else module.unfused_reason()
+        reason = module.unfused_reason() if isinstance(module, (GatedExcitation, SMG, Transition)) else None
         return f"{name}, {swapped}" + (f"; runs submodule by submodule: {reason}" if reason else "")
     if verdict.fused is not None:
         return f"{name}, would be swapped for pyext.nn.{verdict.fused.__name__}"

@@ -4,21 +4,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from pyext.models.backbone import Backbone
-
-
-class _DenseLayer(nn.Module):
-    def __init__(self, in_channels: int, growth_rate: int) -> None:
-        super().__init__()
-        self.norm1 = nn.BatchNorm2d(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, growth_rate, 3, padding=1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([x, self.conv1(F.relu(self.norm1(x)))], dim=1)
+from pyext.nn.densenet import DenseBlock
 
 
 class DenseNet(Backbone):
@@ -44,11 +33,9 @@ class DenseNet(Backbone):
         channels = 16
         self.features = nn.Sequential(OrderedDict(conv0=nn.Conv2d(3, channels, 3, padding=1, bias=False)))
         for stage in (1, 2, 3):
-            block = nn.Sequential()
-            for i in range((depth - 4) // 3):
-                block.add_module(f"denselayer{i + 1}", _DenseLayer(channels, growth_rate))
-                channels += growth_rate
-            self.features.add_module(f"denseblock{stage}", block)
+            layers = (depth - 4) // 3
+            self.features.add_module(f"denseblock{stage}", DenseBlock(layers, channels, growth_rate, bn_size=0))
+            channels += layers * growth_rate
             if stage < 3:
                 self.features.add_module(f"transition{stage}", _transition(channels))
         self.features.add_module("norm5", nn.BatchNorm2d(channels))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from pyext.nn.hooks import has_forward_hooks
 from pyext.nn.memory_format import memory_format_of, trains_on_the_cpu
 from pyext.ops.bn_relu_conv2d import OPERATOR, bn_relu_conv2d
+
+_LEAST_POSITIONS = 16
 
 
 class BNReLUConv2d(nn.Module):
@@ -47,18 +50,7 @@ class BNReLUConv2d(nn.Module):
         norm, conv = own["norm"], own["conv"]
         if not _runs_operator(norm, conv, x):
             return self.conv(self._activate(x))
-        out = bn_relu_conv2d(
-            x,
-            *(norm.weight, norm.bias, conv.weight, norm.running_mean, norm.running_var),
-            training=norm.training,
-            momentum=norm.momentum,
-            eps=norm.eps,
-            stride=conv.stride[0],
-            groups=conv.groups,
-        )
-        if norm.training:
-            norm.num_batches_tracked.add_(1)
-        return out.contiguous(memory_format=memory_format_of(x))
+        return _run_operator(norm, conv, x)
 
     def _activate(self, x: Tensor) -> Tensor:
         if self._reads_slice(x):
@@ -84,6 +76,51 @@ class BNReLUConv2d(nn.Module):
         )
 
 
+class BNReLUConvSequential(nn.Sequential):
+    """`torch.nn.Sequential` that trains every BatchNorm2d, ReLU, Conv2d among its modules as one operator,
+    `bn_relu_conv2d`, where that computes the same and is faster. Names and state dictionary are nn.Sequential's.
+
+    Source: arXiv 1603.05027.
+    """
+
+    def forward(self, x: Any) -> Any:
+        modules: list[Any] = list(self._modules.values())
+        i = 0
+        while i < len(modules):
+            if is_cell(modules[i : i + 3]) and _is_nchw(x) and _runs_operator(modules[i], modules[i + 2], x):
+                x = _run_operator(modules[i], modules[i + 2], x)
+                i += 3
+            else:
+                x = modules[i](x)
+                i += 1
+        return x
+
+
+def is_cell(modules: Sequence[Any]) -> bool:
+    """Whether the modules are a BatchNorm2d, a ReLU and a Conv2d, and the ReLU does nothing else."""
+    return [type(m) for m in modules] == [nn.BatchNorm2d, nn.ReLU, nn.Conv2d] and not has_forward_hooks(modules[1])
+
+
+def _is_nchw(x: Any) -> bool:
+    # One layer in channels_last is oneDNN's: to bring it into NCHW and back would take what is won.
+    return isinstance(x, Tensor) and x.is_contiguous()
+
+
+def _run_operator(norm: Any, conv: Any, x: Tensor) -> Tensor:
+    out = bn_relu_conv2d(
+        x,
+        *(norm.weight, norm.bias, conv.weight, norm.running_mean, norm.running_var),
+        training=norm.training,
+        momentum=norm.momentum,
+        eps=norm.eps,
+        stride=conv.stride[0],
+        groups=conv.groups,
+    )
+    if norm.training:
+        norm.num_batches_tracked.add_(1)
+    return out.contiguous(memory_format=memory_format_of(x))
+
+
 def computes_the_operator(norm: Any, conv: Any) -> bool:
     """Whether the two modules say what `bn_relu_conv2d` computes."""
     if type(norm) is not nn.BatchNorm2d or type(conv) is not nn.Conv2d:
@@ -102,8 +139,17 @@ def computes_the_operator(norm: Any, conv: Any) -> bool:
     )
 
 
+def trains_faster(x: Tensor) -> bool:
+    """Whether the operator trains what reads x (N, C, H, W) faster than torch: maps that fill a vector.
+
+    Measured forward and backward against channels_last, two threads, 16 images: on 8x8 and 4x4 maps 0.4 to 0.9 of its
+    time, on 2x2 ones twice as long.
+    """
+    return trains_on_the_cpu(x) and x.shape[2] * x.shape[3] >= _LEAST_POSITIONS and OPERATOR.has_kernel(x)
+
+
 def _runs_operator(norm: Any, conv: Any, x: Tensor) -> bool:
-    if not trains_on_the_cpu(x) or not computes_the_operator(norm, conv):
+    if not trains_faster(x) or not computes_the_operator(norm, conv):
         return False
     # Few channels a group leave the tiles empty: a depthwise convolution is oneDNN's.
     if conv.groups > 1 and conv.in_channels // conv.groups < 4:

@@ -11,13 +11,14 @@ Source: HCGNet, arXiv 1908.09699, section 3; memory: arXiv 1707.06990.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from pyext._operator import move_running
+from pyext.nn.cells import Cell, note_moments
 from pyext.nn.hybrid_inference import are_block, tensors_of
 from pyext.nn.memory_format import memory_format_of, trains_on_the_cpu
 from pyext.ops.bn_relu_conv2d import OPERATOR as CONVOLUTION
@@ -32,16 +33,9 @@ _SAVED = 9
 """Tensors that are kept of each module besides its parameters."""
 
 
-class _Cell(NamedTuple):
-    """What a module's two convolutions read, by the operator's names."""
-
-    norm_weight: Tensor
-    norm_bias: Tensor
-    conv_weight: Tensor
-
-    @staticmethod
-    def of(tensors: Sequence[Tensor], first: int) -> _Cell:
-        return _Cell(tensors[first], tensors[first + 1], tensors[first + 4])
+def _cell(tensors: Sequence[Tensor], first: int) -> Cell:
+    """What one of a module's two convolutions reads."""
+    return Cell(tensors[first], tensors[first + 1], tensors[first + 4])
 
 
 def train_block(layers: Sequence[Any], x: Tensor) -> Tensor | None:
@@ -72,14 +66,14 @@ class _Block(torch.autograd.Function):
         buffer = x.new_empty((n, total, height, width))
         buffer[:, :channels] = x
         moments = x.new_empty((2, total))
-        _note_moments(moments, buffer, 0, channels)
+        note_moments(moments, buffer, 0, channels)
         saved: list[Tensor] = []
         for module in range(extents.modules):
             own = tensors[module * len(TENSORS) : (module + 1) * len(TENSORS)]
             end = channels + extents.growth
             saved += _run_module(buffer, moments, channels, own, extents, eps, momentum)
             if module + 1 < extents.modules:
-                _note_moments(moments, buffer, channels, end)
+                note_moments(moments, buffer, channels, end)
             channels = end
         ctx.extents, ctx.eps, ctx.channels = extents, eps, x.shape[1]
         # Not the running statistics: the next forward pass moves them, and may come before this one's backward.
@@ -105,11 +99,6 @@ class _Block(torch.autograd.Function):
         return None, None, None, grad[:, : ctx.channels], *grads
 
 
-def _note_moments(moments: Tensor, buffer: Tensor, begin: int, end: int) -> None:
-    for row, values in zip(moments, _OPS.bn_relu_conv2d_statistics(buffer[:, begin:end]), strict=True):
-        row[begin:end] = values
-
-
 def _run_module(
     buffer: Tensor,
     moments: Tensor,
@@ -121,9 +110,9 @@ def _run_module(
 ) -> list[Tensor]:
     """Write the module's channels behind the first `channels` of the buffer; returns what its gradient needs."""
     mean, var = moments[0, :channels], moments[1, :channels]
-    squeezed = _OPS.bn_relu_conv2d(buffer[:, :channels], *_Cell.of(tensors, 0), mean, var, True, eps, 1, 1)
-    squeezed_moments = _OPS.bn_relu_conv2d_statistics(squeezed)
-    u = _OPS.bn_relu_conv2d(squeezed, *_Cell.of(tensors, 5), *squeezed_moments, True, eps, 1, extents.groups)
+    squeezed = _cell(tensors, 0).run(buffer[:, :channels], mean, var, eps)
+    squeezed_moments: tuple[Tensor, Tensor] = _OPS.bn_relu_conv2d_statistics(squeezed)
+    u = _cell(tensors, 5).run(squeezed, *squeezed_moments, eps, extents.groups)
     out, *gates = _OPS.gated_excitation(u, list(tensors[_GATES]), [], True, eps, True)
     buffer[:, channels : channels + extents.growth] = out
     _move_running(tensors, (mean, var), squeezed_moments, gates[-2:], u, momentum, extents)
@@ -168,14 +157,9 @@ def _module_backward(
     grad_gates = grad[:, channels : channels + extents.growth]
     parameters = list(tensors[_GATES])
     grad_u, flat = _OPS.gated_excitation_backward(grad_gates, u, parameters, [], *gates, True, eps)
-    cell = _Cell.of(tensors, 5)
-    grad_squeezed, *second = _OPS.bn_relu_conv2d_backward(
-        grad_u, squeezed, *cell, mean, var, True, eps, 1, extents.groups
-    )
+    grad_squeezed, *second = _cell(tensors, 5).gradients(grad_u, squeezed, mean, var, eps, extents.groups)
     known = moments[0, :channels], moments[1, :channels]
-    grad_x, *first = _OPS.bn_relu_conv2d_backward(
-        grad_squeezed, buffer[:, :channels], *_Cell.of(tensors, 0), *known, True, eps, 1, 1
-    )
+    grad_x, *first = _cell(tensors, 0).gradients(grad_squeezed, buffer[:, :channels], *known, eps)
     grad[:, :channels] += grad_x
     grads = dict(zip((0, 1, 4, 5, 6, 9), (*first, *second), strict=True))
     parts = flat.split([p.numel() for p in parameters])

@@ -1,0 +1,37 @@
+"""BN-ReLU-convolution cells, and the channel prefixes of a dense block's buffer that they read, in training mode."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_OPS = torch.ops.pyext
+
+
+class Cell(NamedTuple):
+    """A cell's parameters, by the names of the operator `bn_relu_conv2d`."""
+
+    norm_weight: Tensor
+    norm_bias: Tensor
+    conv_weight: Tensor
+
+    def run(self, x: Tensor, mean: Tensor, var: Tensor, eps: float, groups: int = 1) -> Tensor:
+        """conv(relu(BN(x))) with the batch's statistics, stride 1."""
+        return _OPS.bn_relu_conv2d(x, *self, mean, var, True, eps, 1, groups)
+
+    def gradients(
+        self, grad_out: Tensor, x: Tensor, mean: Tensor, var: Tensor, eps: float, groups: int = 1
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Those by x and by the cell's parameters, the statistics' part included."""
+        return _OPS.bn_relu_conv2d_backward(grad_out, x, *self, mean, var, True, eps, 1, groups)
+
+
+PARAMETERS = len(Cell._fields)
+
+
+def note_moments(moments: Tensor, buffer: Tensor, begin: int, end: int) -> None:
+    """Write mean and biased variance of the buffer's channels [begin, end) into the rows of `moments`."""
+    for row, values in zip(moments, _OPS.bn_relu_conv2d_statistics(buffer[:, begin:end]), strict=True):
+        row[begin:end] = values

@@ -1,0 +1,207 @@
+"""DenseNet's blocks trained as a whole, against the same submodules run by plain torch."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from pyext import accelerate, backend, explain, models
+from pyext.nn import BNReLUConvSequential, DenseBlock, DenseLayer
+
+torchvision = pytest.importorskip("torchvision")
+from torchvision.models.densenet import _DenseBlock, _Transition  # noqa: E402
+
+BOTTLENECKS = (4, 0)
+
+
+def draw(module):
+    """`module` in float64 with statistics and parameters away from their initial values."""
+    generator = torch.Generator().manual_seed(0)
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        if tensor.is_floating_point():
+            noise = torch.randn(tensor.shape, generator=generator)
+            tensor.data = (0.3 * noise if tensor.dim() > 1 else 0.5 + noise.abs()).double()
+    return module
+
+
+def block(bn_size=4, size=(3, 12, 8)):
+    return draw(DenseBlock(*size, bn_size))
+
+
+def image(n=4, channels=12, height=8, width=9):
+    return torch.randn(n, channels, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def step(module, x):
+    """Output, gradient of x, gradients of the parameters, buffers after one forward and backward pass."""
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    out = module(x)
+    out.backward(torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(2)))
+    return {
+        "out": out.detach(),
+        "x": x.grad,
+        **{name: p.grad for name, p in module.named_parameters() if p.grad is not None},
+        **{f"buffer {name}": b.clone() for name, b in module.named_buffers()},
+    }
+
+
+def plain_step(module, x):
+    with backend("reference"):
+        return step(copy.deepcopy(module), x)
+
+
+def assert_alike(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.allclose(found[name], value, rtol=1e-9, atol=1e-10), name
+
+
+def is_whole(out):
+    return type(out.grad_fn).__name__ == "_BlockBackward"
+
+
+@pytest.mark.parametrize("bn_size", BOTTLENECKS)
+def test_a_block_trains_as_its_layers(bn_size):
+    module, x = block(bn_size), image()
+    expected = plain_step(module, x)
+    assert is_whole(module(x.clone().requires_grad_()))
+    assert_alike(step(block(bn_size), x), expected)
+
+
+def test_torchvision_s_block_is_swapped_and_computes_the_same():
+    original = draw(_DenseBlock(3, 12, 4, 8, 0.0))
+    fused = accelerate(copy.deepcopy(original))
+    assert type(fused) is DenseBlock
+    assert [type(layer) for layer in fused.children()] == [DenseLayer] * 3
+    assert list(fused.state_dict()) == list(original.state_dict())
+    x = image()
+    assert is_whole(copy.deepcopy(fused)(x))
+    for training in (True, False):
+        original.train(training), fused.train(training)
+        assert_alike(step(fused, x), step(original, x))
+    assert "swapped, was torchvision.models.densenet._DenseBlock" in explain(fused)
+
+
+def test_a_whole_torchvision_network():
+    original = torchvision.models.DenseNet(8, (2, 2), 16, num_classes=5).double()
+    fused = accelerate(copy.deepcopy(original))
+    names = [type(module).__name__ for module in fused.features]
+    assert names[4:] == ["DenseBlock", "BNReLUConvSequential", "DenseBlock", "BatchNorm2d"]
+    assert list(fused.state_dict()) == list(original.state_dict())
+    x = torch.randn(3, 3, 64, 64, dtype=torch.float64)
+    assert_alike(step(fused, x), step(original, x))
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_the_memory_format_is_kept(layout):
+    module, x = block(), image().contiguous(memory_format=layout)
+    assert module(x).is_contiguous(memory_format=layout)
+    assert_alike(step(block(), x), plain_step(block(), x))
+
+
+def test_frozen_parameters_get_no_gradient():
+    module = block()
+    expected = plain_step(module, image())
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_("conv" in name)
+    found = step(module, image())
+    assert not any("norm" in name for name in found if not name.startswith("buffer"))
+    assert_alike(found, {name: expected[name] for name in found})
+
+
+def test_two_forward_passes_before_the_backward_pass():
+    module, x = block(), image().requires_grad_()
+    (module(x).sum() + module(2 * x).sum()).backward()
+    plain, y = block(), image().requires_grad_()
+    with backend("reference"):
+        (plain(y).sum() + plain(2 * y).sum()).backward()
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-9, atol=1e-9)
+
+
+CHANGED = {
+    "hook on a layer": lambda m: m.denselayer2.register_forward_hook(lambda *_: None),
+    "hook on a norm": lambda m: m.denselayer2.norm1.register_forward_hook(lambda *_: None),
+    "hook on an activation": lambda m: m.denselayer1.relu2.register_forward_hook(lambda *_: None),
+    "another activation": lambda m: setattr(m.denselayer1, "relu1", nn.SiLU()),
+    "a frozen normalisation": lambda m: m.denselayer3.norm2.eval(),
+    "another momentum": lambda m: setattr(m.denselayer3.norm2, "momentum", 0.3),
+    "a bias": lambda m: setattr(m.denselayer1.conv2, "bias", nn.Parameter(torch.ones(8, dtype=torch.float64))),
+    "eval": lambda m: m.eval(),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_what_the_operators_do_not_compute_runs_by_submodules(name):
+    module = block()
+    CHANGED[name](module)
+    expected = plain_step(module, image())
+    assert not is_whole(module(image().requires_grad_()))
+    module = block()
+    CHANGED[name](module)
+    assert_alike(step(module, image()), expected)
+
+
+def test_dropout_runs_by_submodules_and_is_seeded_as_torchvision_s():
+    original = draw(_DenseBlock(2, 12, 4, 8, 0.5))
+    fused = accelerate(copy.deepcopy(original))
+    outputs = []
+    for module in (original, fused):
+        torch.manual_seed(3)
+        outputs.append(module(image()))
+    assert type(fused) is DenseBlock
+    torch.testing.assert_close(*outputs)
+
+
+@pytest.mark.parametrize(("size", "whole"), [(7, False), (8, True)])
+def test_small_maps_are_torch_s(size, whole):
+    assert is_whole(block()(image(height=size, width=size))) is whole
+
+
+def test_one_image_and_no_gradients_run_by_submodules():
+    module = block()
+    assert not is_whole(module(image(n=1)))
+    with torch.no_grad():
+        assert module(image()).grad_fn is None
+
+
+def test_a_block_compiles_without_graph_break():
+    compiled = torch.compile(block(), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(image()), block()(image()))
+
+
+class Other(_DenseBlock):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class Wider(_DenseBlock):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.denselayer1.extra = nn.Identity()
+
+
+@pytest.mark.parametrize(("kind", "reason"), [(Other, "its outputs differ"), (Wider, "denselayer1 has submodules")])
+def test_blocks_that_only_look_alike_stay(kind, reason):
+    model = nn.Sequential(draw(kind(2, 12, 4, 8, 0.0)))
+    assert type(accelerate(model)[0]) is kind
+    assert reason in explain(model)
+
+
+def test_a_sequence_of_normalisation_relu_and_convolution():
+    original = draw(_Transition(12, 6))
+    fused = accelerate(copy.deepcopy(original))
+    assert type(fused) is BNReLUConvSequential
+    assert list(fused.state_dict()) == list(original.state_dict())
+    assert "bn_relu_conv2d" in type(copy.deepcopy(fused)[:3](image()).grad_fn).__name__.lower()
+    assert_alike(step(fused, image()), step(original, image()))
+    fused.relu.register_forward_hook(lambda *_: None)
+    assert "convolution" in type(fused[:3](image()).grad_fn).__name__.lower()
+
+
+def test_densenet40_trains_as_by_submodules():
+    torch.manual_seed(0)
+    model = models.DenseNet(10, 4, 5).double()
+    x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    assert_alike(step(copy.deepcopy(model), x), plain_step(model, x))
