@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from bench import memory, table, test_hcgnet
+from bench import memory, table
 from bench.case import Case, Gate, WrongOutput
 from bench.machine import TUNABLES, facts, load
 from bench.peers import exact_float32, forget_compiled, missing_engines
@@ -65,10 +65,11 @@ def case_files() -> list[str]:
     return sorted(path.stem for path in Path(__file__).parent.glob("test_*.py"))
 
 
-def _cases(options: argparse.Namespace) -> Iterator[Case]:
+def _cases(options: argparse.Namespace) -> Iterator[tuple[str, Case]]:
+    """Each with the module that holds it."""
     for file in case_files():
         cases = importlib.import_module(f"bench.{file}").cases(options.device)
-        yield from (case for case in cases if options.only in case.name)
+        yield from ((file, case) for case in cases if options.only in case.name)
 
 
 class Run:
@@ -88,19 +89,19 @@ class Run:
         cases = list(_cases(self.options))
         if not cases:
             sys.exit(f"python -m bench: no case has {self.options.only!r} in its name")
-        for case in cases:
+        for file, case in cases:
             left = 60 * self.options.minutes - self.seconds()
             if case.needs_seconds and case.needs_seconds > (min(left, _LONG) if self.options.quick else left):
                 self.report.remarks.append(f"left out for want of time: {case.name}")
             else:
-                self._one(case)
-        if self.options.only in test_hcgnet.memory_case(self.device).name:
-            self.report.memory_mib = memory.peaks(self.device)
+                self._one(file, case)
 
-    def _one(self, case: Case) -> None:
+    def _one(self, file: str, case: Case) -> None:
         began = self.seconds()
         try:
             self.report.rows += measured(case, self.roofs, self.device, self.effort)
+            if case.memory:
+                self.report.memory_mib |= memory.peaks(file, case, self.device)
         except (WrongOutput, RuntimeError) as error:  # RuntimeError: what torch raises where a device refuses a case
             self.report.failures.append(f"{case.name}: {type(error).__name__}: {error}")
         finally:

@@ -38,7 +38,8 @@ class Case:
 
     `truth` builds plain torch in float64; `plain` names the contenders whose error is the yardstick. `distances` says,
     by result, how far (of its norm) a peer may be from the truth where that is not the usual. `dtype`: what the
-    arithmetic is rounded to. A case with `needs_seconds` is left out when less time than that is left.
+    arithmetic is rounded to. A case with `needs_seconds` is left out when less time than that is left. `memory`:
+    peak memory is compared too.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Case:
     distances: Mapping[str, float] = field(default_factory=dict)
     needs_seconds: float = 0
     dtype: torch.dtype = torch.float32
+    memory: bool = False
 
     def contender(self, name: str) -> Contender:
         return next(c for c in self.contenders if c.name == name)

@@ -1,27 +1,31 @@
 """Peak memory of a training step.
 
-On the CPU in a process of its own: `python -m bench.memory CONTENDER THREADS` prints bytes. On a GPU torch counts what
-it gives out.
+On the CPU in a process of its own: `python -m bench.memory FILE CASE CONTENDER THREADS` prints bytes. On a GPU torch
+counts what it gives out.
 """
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
-from bench.case import Contender
-from bench.test_hcgnet import memory_case
+from bench.case import Case, Contender
 
 _STEPS = 3
 
 
-def peaks(device: torch.device) -> dict[str, float]:
-    """MiB above the start at the peak of a training step, for every contender."""
-    measure = _on_gpu if device.type == "cuda" else _in_own_process
-    return {contender.name: measure(contender) / 2**20 for contender in memory_case(device).contenders}
+def peaks(file: str, case: Case, device: torch.device) -> dict[str, float]:
+    """MiB above the start at the peak of a training step, by contender; `file`: the module that holds the case."""
+    found = {}
+    for contender in case.contenders:
+        name = contender.name
+        peak = _on_gpu(contender) if device.type == "cuda" else _in_own_process(file, case.name, name)
+        found[f"{case.name}: {name}"] = peak / 2**20
+    return found
 
 
 def _on_gpu(contender: Contender) -> int:
@@ -34,8 +38,8 @@ def _on_gpu(contender: Contender) -> int:
     return torch.cuda.max_memory_allocated() - start
 
 
-def _in_own_process(contender: Contender) -> int:
-    command = [sys.executable, "-m", "bench.memory", contender.name, str(torch.get_num_threads())]
+def _in_own_process(*words: str) -> int:
+    command = [sys.executable, "-m", "bench.memory", *words, str(torch.get_num_threads())]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
@@ -45,11 +49,12 @@ def _train(contender: Contender) -> None:
         run()
 
 
-def measure(name: str) -> int:
+def measure(file: str, case: str, contender: str) -> int:
     """Bytes at the peak of a few training steps on the CPU above those held before the contender was built."""
-    contender = memory_case(torch.device("cpu")).contender(name)
+    cases: list[Case] = importlib.import_module(f"bench.{file}").cases(torch.device("cpu"))
+    chosen = next(c for c in cases if c.name == case).contender(contender)
     start = peak_resident()
-    _train(contender)
+    _train(chosen)
     return peak_resident() - start
 
 
@@ -67,5 +72,5 @@ def reset_peak_resident() -> int:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(int(sys.argv[2]))
-    print(measure(sys.argv[1]))
+    torch.set_num_threads(int(sys.argv[4]))
+    print(measure(*sys.argv[1:4]))

@@ -124,7 +124,7 @@ def markdown(report: Report) -> str:
     lines += [_line(_COLUMNS), _line(["---"] * 2 + ["---:"] * (len(_COLUMNS) - 2))]
     lines += [_line(_cells(row)) for row in report.rows]
     if report.memory_mib:
-        lines += ["", "Peak memory of an A1 training step, batch 64, above the start:", ""]
+        lines += ["", "Peak memory of a few training steps above the start:", ""]
         lines += [_line(("contender", "MiB")), _line(("---", "---:"))]
         lines += [_line((name, f"{value:.0f}")) for name, value in report.memory_mib.items()]
     if report.failures:

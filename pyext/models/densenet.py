@@ -7,6 +7,7 @@ from collections import OrderedDict
 from torch import nn
 
 from pyext.models.backbone import Backbone
+from pyext.nn.bn_relu_conv2d import BNReLUConvSequential
 from pyext.nn.densenet import DenseBlock
 
 
@@ -46,9 +47,9 @@ class DenseNet(Backbone):
                 nn.init.kaiming_normal_(module.weight)
 
 
-def _transition(channels: int) -> nn.Sequential:
+def _transition(channels: int) -> BNReLUConvSequential:
     convolution = nn.Conv2d(channels, channels, 1, bias=False)
-    return nn.Sequential(
+    return BNReLUConvSequential(
         OrderedDict(norm=nn.BatchNorm2d(channels), relu=nn.ReLU(), conv=convolution, pool=nn.AvgPool2d(2))
     )
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyext.nn.bn_relu_conv2d import computes_the_operator, trains_faster
 from pyext.nn.dense_training import train_dense_block
 from pyext.nn.hooks import has_forward_hooks
-from pyext.nn.memory_format import to_convolution_format
+from pyext.nn.memory_format import to_torch_format
 
 _CELLS = (("norm1", "relu1", "conv1"), ("norm2", "relu2", "conv2"))
 
@@ -119,7 +119,7 @@ class DenseBlock(nn.Module):
         cells = self._fused_cells(x)
         if cells is not None:
             return train_dense_block(cells, x)
-        features = [to_convolution_format(x)]
+        features = [to_torch_format(x)]
         for layer in self._modules.values():
             assert layer is not None
             features.append(layer(features))

@@ -1,12 +1,14 @@
 """The cases themselves: what they count, and that their contenders give what the gate expects."""
 
-import functools
+import dataclasses
 
 import pytest
 import torch
 
+from bench import networks
+from bench import test_densenet as densenet
 from bench import test_gated_excitation as operator
-from bench import test_hcgnet as networks
+from bench import test_hcgnet as hcgnet
 from bench import test_hybrid_block as block
 from bench import test_memory_contrast as memory_bank
 from bench.case import Gate
@@ -19,7 +21,8 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_case_has_a_name_of_its_own_and_peers_to_beat(device):
     device = torch.device(device)
-    cases = [*operator.cases(device), *block.cases(device), *memory_bank.cases(device), *networks.cases(device)]
+    modules = operator, block, memory_bank, hcgnet, densenet
+    cases = [case for module in modules for case in module.cases(device)]
     assert len({case.name for case in cases}) == len(cases)
     for case in cases:
         names = [contender.name for contender in case.contenders]
@@ -56,7 +59,7 @@ def test_operator_work_of_the_smallest_shape():
 
 
 def test_network_work_is_that_of_the_paper():
-    network = networks.NETWORKS["A1"]
+    network = hcgnet.NETWORKS["A1"]
     one = networks.work(network, 1, training=False)
     assert one.operations == pytest.approx(2 * 0.16e9, rel=0.05)
     assert networks.work(network, 64, training=True).operations == 3 * 64 * one.operations
@@ -78,11 +81,9 @@ def test_our_contenders_and_eager_pass_the_operators_gate(training, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("training", [False, True])
-def test_our_contenders_and_eager_pass_a_networks_gate(training, dtype, monkeypatch):
-    own = functools.partial(HCGNet, (8, 12), (2, 2))
-    tiny = networks.Network("CifarNet", (8, 12), (2, 2), 5, 8, own)
-    monkeypatch.setitem(networks.NETWORKS, "A1", tiny)
-    case = networks._case(networks.Setup("A1", 16, training, CPU, dtype))
+def test_our_contenders_and_eager_pass_a_networks_gate(training, dtype):
+    tiny = hcgnet._network("tiny", "CifarNet", (8, 12), (2, 2), lambda classes: HCGNet((8, 12), (2, 2), classes))
+    case = networks.case_of(networks.Setup(dataclasses.replace(tiny, size=8), 16, training, CPU, dtype))
     gate = Gate(case)
     for contender in case.contenders:
         runner = contender.build()
@@ -124,3 +125,10 @@ def test_contenders_pass_memory_contrasts_gate(monkeypatch):
             runner = contender.build()
             runner.run()
             gate.check(contender, runner.results())
+
+
+def test_densenet40_of_the_bench_is_pyexts():
+    network = densenet._networks()["40-12"]
+    own, plain = network.pyext().double().eval(), network.plain().double().eval()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(own(x), plain(x))

@@ -25,7 +25,7 @@ def case(name, ours=1.0, needs_seconds=0.0):
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     def start(*cases, quick=True, minutes=1.0):
-        monkeypatch.setattr(program, "_cases", lambda options: iter(cases))
+        monkeypatch.setattr(program, "_cases", lambda options: (("test_none", case) for case in cases))
         monkeypatch.setattr(program, "QUICK", program.Effort(0.01, most_rounds=3))
         # A name that is part of no case, so that no peak memory is measured.
         options = argparse.Namespace(device=torch.device("cpu"), only="nothing", quick=quick, minutes=minutes)
@@ -73,6 +73,6 @@ def test_no_case_is_said(run):
 
 def test_every_operator_has_cases():
     options = argparse.Namespace(device=torch.device("cpu"), only="")
-    names = [case.name for case in program._cases(options)]
+    names = [case.name for _, case in program._cases(options)]
     for operator in OPERATORS:
         assert any(name.startswith(operator) for name in names), operator

@@ -1,0 +1,64 @@
+"""DenseNets: torchvision's by `accelerate`, and DenseNet-40-12 for CIFAR, in training and at inference."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor, nn
+
+from bench.case import Case
+from bench.networks import Network, Setup, case_of
+from pyext import models
+
+
+class PlainDenseNet40(nn.Module):
+    """DenseNet-40-12 as the paper's programs write it, with the names of `pyext.models.DenseNet`."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        model = models.densenet40_12(classes)
+        self.features, self.classifier = model.features, model.classifier
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name, stage in self.features.named_children():
+            x = self._block(stage, x) if "block" in name else stage(x)
+        return self.classifier(x.mean((2, 3)))
+
+    @staticmethod
+    def _block(block: nn.Module, x: Tensor) -> Tensor:
+        for layer in block.children():
+            x = torch.cat([x, layer.conv1(torch.relu(layer.norm1(x)))], 1)
+        return x
+
+
+def _torchvision(classes: int) -> nn.Module:
+    import torchvision
+
+    return torchvision.models.densenet121(weights=None, num_classes=classes)
+
+
+def _networks() -> dict[str, Network]:
+    own = functools.partial(models.densenet40_12, 100)
+    found = {"40-12": Network("densenet 40-12", 100, 32, functools.partial(PlainDenseNet40, 100), own, ("pyext",))}
+    if importlib.util.find_spec("torchvision"):
+        program = functools.partial(_torchvision, 1000)
+        found["121"] = Network(
+            "densenet 121, 64x64,", 1000, 64, program, None, ("accelerate", "accelerate channels_last")
+        )
+    return found
+
+
+def cases(device: torch.device) -> list[Case]:
+    """Training, then inference."""
+    networks = _networks()
+    found = [case_of(Setup(networks["40-12"], 64, True, device), memory=True)]
+    if "121" in networks:
+        found.append(case_of(Setup(networks["121"], 16, True, device), "compile", 60, memory=True))
+        found.append(case_of(Setup(networks["121"], 16, False, device), "compile engines", 60))
+    return found
+
+
+def test_densenet(speed, case, contender):
+    speed(case, contender)
