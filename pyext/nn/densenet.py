@@ -12,13 +12,19 @@ from torch import Tensor, nn
 from pyext.nn.bn_relu_conv2d import computes_the_operator, trains_faster
 from pyext.nn.dense_training import train_dense_block
 from pyext.nn.hooks import has_forward_hooks
-from pyext.nn.memory_format import to_torch_format
+from pyext.nn.memory_format import is_channels_last, to_torch_format
 
 _CELLS = (("norm1", "relu1", "conv1"), ("norm2", "relu2", "conv2"))
 
-_LEAST_POSITIONS = 64
-"""Of maps on which a block is trained as a whole. By `python -m bench --only "dense block"` it takes 0.3 to 1.0 of
-channels_last's time on maps from 8x8 on, 1.0 on 4x4 ones and 1.2 on 7x7 ones."""
+
+def _trains_whole(x: Tensor) -> bool:
+    """Whether a block trains x (N, C, H, W) as a whole faster than torch runs its layers, by the size of its maps.
+
+    Measured by `python -m bench --only densenet` and block by block, two threads: 0.6 to 0.8 of the time of torch in
+    channels_last on maps from 16x16 on; 0.9 on 8x8 ones, which conversions on both sides use up; 1.0 on 4x4 ones.
+    """
+    least = 256 if is_channels_last(x) else 64
+    return trains_faster(x) and x.shape[2] * x.shape[3] >= least
 
 
 class DenseLayer(nn.Module):
@@ -127,7 +133,7 @@ class DenseBlock(nn.Module):
 
     def _fused_cells(self, x: Tensor) -> list[list[tuple[Any, Any]]] | None:
         """The layers' cells where the block trains as a whole and that is faster."""
-        if not trains_faster(x) or x.shape[2] * x.shape[3] < _LEAST_POSITIONS or not self._modules:
+        if not _trains_whole(x) or not self._modules:
             return None
         found = []
         channels = x.shape[1]

@@ -159,6 +159,13 @@ def test_small_maps_are_torch_s(size, whole):
     assert is_whole(block()(image(height=size, width=size))) is whole
 
 
+@pytest.mark.parametrize(("size", "whole"), [(15, False), (16, True)])
+def test_maps_in_channels_last_pay_for_their_conversion(size, whole):
+    x = image(height=size, width=size).contiguous(memory_format=torch.channels_last)
+    names = {type(node).__name__ for node, _ in block()(x).grad_fn.next_functions}
+    assert ("_BlockBackward" in names) is whole
+
+
 def test_one_image_and_no_gradients_run_by_submodules():
     module = block()
     assert not is_whole(module(image(n=1)))
