@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    embeddings, labels = Setup(options.peers, options.images).draw(torch.float32)
+    embeddings, labels = Setup(options.peers, options.images, torch.device("cpu"), torch.float32).draw(torch.float32)
     embeddings.requires_grad_()
     start = reset_peak_resident()
     begin = time.perf_counter()

@@ -182,7 +182,7 @@ _USUAL_BANKS = (
 
 def _draw_peers(shape: Shape, dtype: torch.dtype, parameter_dtype: torch.dtype, layout: str, seed: int) -> Call:
     """Embeddings (peers, images, features) of norm `scale`, and the images' classes."""
-    described = from_tests("ops/described/peer_contrast.py")
+    described = from_tests("ops/peer_inputs.py").described
     images, peers, features = shape.input
     case = described.make_case((peers, images, features), dtype, shape.others["classes"], seed=seed)
     embeddings = from_tests("ops/layouts.py").STACKS[layout](case.main * shape.others["scale"])

@@ -71,6 +71,11 @@ def fused(embeddings: Tensor, banks: Sequence[Tensor], indices: Tensor) -> Tenso
     return memory_contrast(embeddings, banks, indices, temperature=TEMPERATURE)
 
 
+def fused_by_triton(embeddings: Tensor, banks: Sequence[Tensor], indices: Tensor) -> Tensor:
+    """The library's operator on its other backend for GPUs."""
+    return memory_contrast(embeddings, banks, indices, temperature=TEMPERATURE, backend="triton")
+
+
 def work(negatives: int) -> Work:
     """Every gathered row read once per pass, or, where that is less, every bank once per pass; scores written and read.
 
@@ -117,10 +122,12 @@ def _build(contrast: Contrast, compile_it: bool, negatives: int, device: torch.d
 
 def _case(negatives: int, device: torch.device) -> Case:
     def contender(name: str, contrast: Contrast, compile_it: bool = False) -> Contender:
-        return Contender(name, functools.partial(_build, contrast, compile_it, negatives, device), contrast is fused)
+        ours = contrast in (fused, fused_by_triton)
+        return Contender(name, functools.partial(_build, contrast, compile_it, negatives, device), ours)
 
     contenders = [
         contender("pyext", fused),
+        *([contender("pyext triton", fused_by_triton)] if device.type == "cuda" else []),
         contender("eager, gather per pair", gather_per_pair),
         contender("eager, gather per bank", gather_per_bank),
         contender("eager, product per pair", product_per_pair),

@@ -24,6 +24,11 @@ def fused(banks: list[Tensor], embeddings: Tensor, index: Tensor) -> None:
     memory_update(banks, embeddings, index, momentum=MOMENTUM)
 
 
+def fused_by_triton(banks: list[Tensor], embeddings: Tensor, index: Tensor) -> None:
+    """The library's operator on its other backend for GPUs."""
+    memory_update(banks, embeddings, index, momentum=MOMENTUM, backend="triton")
+
+
 def published(banks: list[Tensor], embeddings: Tensor, index: Tensor) -> None:
     """The published algorithm: rows are gathered, moved, normalised and copied back, bank by bank."""
     for bank, embedding in zip(banks, embeddings, strict=True):
@@ -65,11 +70,13 @@ def _runner(update: Update, device: torch.device, dtype: torch.dtype = torch.flo
 def cases(device: torch.device) -> list[Case]:
     """One batch of the paper's size."""
     contenders = {"pyext": fused, "eager": plain, "eager, published": published}
+    if device.type == "cuda":
+        contenders["pyext triton"] = fused_by_triton
     return [
         Case(
             f"memory_update B={BATCH} M={PEERS}",
             [
-                Contender(name, functools.partial(_runner, update, device), update is fused)
+                Contender(name, functools.partial(_runner, update, device), name.startswith("pyext"))
                 for name, update in contenders.items()
             ],
             functools.partial(_runner, plain, device, torch.float64),

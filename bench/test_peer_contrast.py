@@ -1,11 +1,19 @@
-"""peer_contrast: the four in-batch terms of mutual contrastive learning, forward and backward."""
+"""peer_contrast: the four in-batch terms of mutual contrastive learning, forward and backward.
+
+No Triton kernel on PyPI computes them, so none is a contender. Inf-CL 1.2.1, the fastest public one for InfoNCE, has
+one positive per row and each image among its own negatives, rounds products to TF32 whatever the embeddings are, and
+has no softened terms; liger-kernel 0.8.5 has no contrastive loss. With one peer the terms are the supervised
+contrastive loss, and pytorch-metric-learning's is a contender where it is installed.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +26,31 @@ from pyext.ops.peer_contrast import reference
 
 FEATURES = 128
 CLASSES = 100
-SIZES = ((2, 128), (2, 2048), (4, 2048))
+CPU_SIZES = ((2, 128), (2, 2048), (4, 2048), (1, 256), (1, 2048))
 """Peers and images of a batch."""
+GPU_SIZES = tuple(itertools.product((2, 4), (8192, 4096, 1024, 256)))
+ONE_PEER = (1, 4096)
+TRUTH_ROWS = 512
+"""Rows at a time in float64: all at once, four peers of 8,192 images need more memory than a GPU has."""
+
+Contrast = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
 
-def work(peers: int, batch: int, features: int) -> Work:
+def work(peers: int, batch: int, features: int, element_size: int = 4) -> Work:
     """The similarities of all peers' rows are one symmetric matrix: half of it is computed, in the backward pass again,
     and there one product with all of its gradient. Bytes: embeddings read twice and their gradient written."""
     rows = peers * batch
-    return Work(4 * 3 * rows * features, 4 * rows * rows * features)
+    return Work(element_size * 3 * rows * features, 4 * rows * rows * features)
+
+
+def supervised_contrast(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    """One peer's terms by pytorch-metric-learning."""
+    from pytorch_metric_learning.distances import DotProductSimilarity
+    from pytorch_metric_learning.losses import SupConLoss
+
+    similarity = DotProductSimilarity(normalize_embeddings=False)
+    loss = SupConLoss(temperature=0.1, distance=similarity)(embeddings[0], labels)
+    return loss, *loss.new_zeros(3)
 
 
 @dataclass(frozen=True)
@@ -35,91 +59,88 @@ class Setup:
 
     peers: int
     batch: int
+    device: torch.device
+    dtype: torch.dtype
 
     def draw(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Embeddings (peers, batch, features), of length 1, and labels."""
         generator = torch.Generator().manual_seed(0)
         embeddings = torch.randn((self.peers, self.batch, FEATURES), generator=generator, dtype=torch.float64)
         labels = torch.randint(min(CLASSES, max(2, self.batch // 4)), (self.batch,), generator=generator)
-        return F.normalize(embeddings, dim=2).to(dtype), labels
+        # Rounded as the contenders' embeddings are, the truth's too.
+        embeddings = F.normalize(embeddings, dim=2).to(self.dtype)
+        return embeddings.to(self.device, dtype), labels.to(self.device)
 
-    def build(self, kind: str, dtype: torch.dtype = torch.float32) -> Runner:
-        embeddings, labels = self.draw(dtype)
+    def build(self, contrast: Contrast, autocast: bool = False) -> Runner:
+        embeddings, labels = self.draw(self.dtype)
         embeddings.requires_grad_()
-        call = peer_contrast if kind == "pyext" else reference
-        if kind == "torch.compile":
-            call = torch.compile(reference, dynamic=False)
 
         def run() -> Tensor:
             embeddings.grad = None
-            terms = torch.stack(list(call(embeddings, labels)))
+            with torch.autocast(self.device.type, self.dtype) if autocast else contextlib.nullcontext():
+                terms = torch.stack([term.float() for term in contrast(embeddings, labels)])
             terms.sum().backward()
             return terms.detach()
 
         return Runner(run, lambda: {"terms": run(), "grad_embeddings": embeddings.grad})
 
+    def compiled(self, autocast: bool = False) -> Runner:
+        return self.build(torch.compile(reference, dynamic=False), autocast)
+
     def truth(self) -> Runner:
-        return self.build("eager", torch.float64)
-
-
-@dataclass(frozen=True)
-class OnePeer(Setup):
-    """The supervised contrastive loss (arXiv 2004.11362) of one peer's embeddings: `peer_contrast` as a drop-in."""
-
-    peers: int = field(default=1, init=False)
-
-    def build(self, kind: str, dtype: torch.dtype = torch.float32) -> Runner:
-        embeddings, labels = self.draw(dtype)
-        v = embeddings[0].requires_grad_()
-        loss = self._loss(kind)
+        embeddings, labels = self.draw(torch.float64)
+        embeddings.requires_grad_()
 
         def run() -> Tensor:
-            v.grad = None
-            out = loss(v, labels)
-            out.backward()
-            return out.detach()
+            embeddings.grad = None
+            sums = embeddings.new_zeros(4)
+            for start in range(0, self.batch, TRUTH_ROWS):
+                rows = (start, min(start + TRUTH_ROWS, self.batch))
+                terms = torch.stack(list(reference(embeddings, labels, rows=rows)))
+                terms.sum().backward()
+                sums += terms.detach()
+            return sums
 
-        return Runner(run, lambda: {"loss": run(), "grad_embeddings": v.grad})
+        return Runner(run, lambda: {"terms": run(), "grad_embeddings": embeddings.grad})
 
-    def _loss(self, kind: str) -> Callable[[Tensor, Tensor], Tensor]:
-        if kind == "pytorch-metric-learning":
-            from pytorch_metric_learning.losses import SupConLoss
 
-            return SupConLoss(temperature=0.1)
-        if kind == "torch.compile":
-            return torch.compile(self._loss("eager"), dynamic=False)
-        call = peer_contrast if kind == "pyext" else reference
-        return lambda v, labels: call(F.normalize(v)[None], labels).vcl  # as SupConLoss does it
+def _contenders(setup: Setup) -> list[Contender]:
+    def contender(name: str, contrast: Contrast, ours: bool = False) -> Contender:
+        return Contender(name, functools.partial(setup.build, contrast), ours)
+
+    found = [contender("pyext", peer_contrast, True)]
+    if setup.device.type == "cuda":
+        found.append(contender("pyext triton", functools.partial(peer_contrast, backend="triton"), True))
+    found.append(contender("eager", reference))
+    if setup.dtype == torch.float32:
+        found.append(Contender("torch.compile", setup.compiled))
+    else:  # the definition's products are in float32: peers have the tensor cores too
+        found.append(Contender("eager autocast", functools.partial(setup.build, reference, autocast=True)))
+        found.append(Contender("torch.compile autocast", functools.partial(setup.compiled, autocast=True)))
+    if setup.peers == 1 and importlib.util.find_spec("pytorch_metric_learning"):
+        found.append(contender("pytorch-metric-learning", supervised_contrast))
+    return found
 
 
 def _case(setup: Setup) -> Case:
-    kinds = ("pyext", "eager", "torch.compile")
+    dtype = "" if setup.device.type == "cpu" else f" {setup.dtype}".replace("torch.", "")
+    seconds = 60 if setup.batch > 1000 else 0
     return Case(
-        f"peer_contrast forward+backward {setup.peers} peers, {setup.batch} images",
-        [Contender(kind, functools.partial(setup.build, kind), kind == "pyext") for kind in kinds],
+        f"peer_contrast forward+backward {setup.peers} peer{'s' * (setup.peers > 1)}, {setup.batch} images{dtype}",
+        _contenders(setup),
         setup.truth,
-        functools.partial(work, setup.peers, setup.batch, FEATURES),
-        needs_seconds=60 if setup.batch > 1000 else 0,
-    )
-
-
-def _one_peer_case(setup: OnePeer) -> Case:
-    kinds = ["pyext", "eager", "torch.compile"]
-    if importlib.util.find_spec("pytorch_metric_learning"):
-        kinds.append("pytorch-metric-learning")
-    return Case(
-        f"peer_contrast as supervised contrastive loss forward+backward {setup.batch} images",
-        [Contender(kind, functools.partial(setup.build, kind), kind == "pyext") for kind in kinds],
-        setup.truth,
-        functools.partial(work, 1, setup.batch, FEATURES),
+        functools.partial(work, setup.peers, setup.batch, FEATURES, setup.dtype.itemsize),
+        needs_seconds=seconds if setup.device.type == "cpu" else 30,  # compiling is most of it
+        dtype=setup.dtype,
     )
 
 
 def cases(device: torch.device) -> list[Case]:
-    """Forward with backward on the CPU."""
-    if device.type != "cpu":
-        return []
-    return [_case(Setup(*size)) for size in SIZES] + [_one_peer_case(OnePeer(batch)) for batch in (256, 2048)]
+    """Forward with backward: on GPUs in bfloat16 and float32, the large batches first."""
+    if device.type == "cpu":
+        return [_case(Setup(*size, device, torch.float32)) for size in CPU_SIZES]
+    dtypes = (torch.bfloat16, torch.float32)
+    return [_case(Setup(*size, device, dtype)) for dtype in dtypes for size in (*GPU_SIZES, ONE_PEER)]
 
 
 def test_peer_contrast(speed, case, contender):

@@ -42,12 +42,12 @@ def _load(v, peer, image, column, images, features):
 
 
 @triton.jit
-def _similarities(v, i, j, row, column, images, features, PEERS: tl.constexpr, BLOCK_D: tl.constexpr):
+def _similarities(v, i, j, row, column, images, features, PEERS: tl.constexpr, BLOCK_K: tl.constexpr):
     """Tiles of (i, i), (i, j), (j, i) and (j, j)."""
     ii = tl.zeros((row.shape[0], column.shape[0]), tl.float32)
     ij, ji, jj = ii, ii, ii
-    for start in range(0, features, BLOCK_D):
-        k = start + tl.arange(0, BLOCK_D)
+    for start in range(0, features, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
         row_i, column_i = _load(v, i, row, k, images, features), _load(v, i, column, k, images, features)
         ii = tl.dot(row_i, tl.trans(column_i), ii, input_precision="ieee")
         if PEERS == 2:
@@ -93,7 +93,7 @@ def _store_largest(partial, i, j, row, peers, images, of_others, largest, mask):
 @triton.jit
 def largest_kernel(
     v, unshifted, partial, peers, images, features, first_block, tiles_per_stretch,
-    PEERS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    PEERS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Largest similarities of a block of rows, of others and of all, where a shift is needed: partial[stretch, 2]."""
     i, j = tl.program_id(2) // peers, tl.program_id(2) % peers
@@ -109,7 +109,7 @@ def largest_kernel(
     for tile in range(begin, tl.minimum(begin + tiles_per_stretch, tl.cdiv(images, BLOCK_C))):
         column = tile * BLOCK_C + tl.arange(0, BLOCK_C)
         valid, other = (column < images)[None, :], row[:, None] != column[None, :]
-        x_ii, x_ij, x_ji, x_jj = _similarities(v, i, j, row, column, images, features, PEERS, BLOCK_D)
+        x_ii, x_ij, x_ji, x_jj = _similarities(v, i, j, row, column, images, features, PEERS, BLOCK_K)
         ii, ii_others = _largest(ii, ii_others, x_ii, valid, other)
         if PEERS == 2:
             ij, ij_others = _largest(ij, ij_others, x_ij, valid, other)
@@ -155,7 +155,7 @@ def _store_sums(partial, i, j, row, peers, images, hard, soft, positive, mask):
 def sum_kernel(
     v, classes, unshifted, normalisers, partial, peers, images, features, first_block, tiles_per_stretch, hard_scale,
     soft_scale, CUBE: tl.constexpr, SHIFTED: tl.constexpr,
-    PEERS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    PEERS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Sums of a block of rows over a stretch of columns: partial[stretch, KINDS]. Of two launches one does the work."""
     i, j = tl.program_id(2) // peers, tl.program_id(2) % peers
@@ -176,7 +176,7 @@ def sum_kernel(
         valid, other = (column < images)[None, :], row[:, None] != column[None, :]
         column_class = tl.load(classes + column, column < images, -1)
         positive = other & (row_class[:, None] == column_class[None, :])
-        ii, ij, ji, jj = _similarities(v, i, j, row, column, images, features, PEERS, BLOCK_D)
+        ii, ij, ji, jj = _similarities(v, i, j, row, column, images, features, PEERS, BLOCK_K)
         h_ii, s_ii, d_ii, p_ii = _add(
             h_ii, s_ii, d_ii, p_ii, ii, jj, normalisers, i, i, row, valid, other, positive, peers, images,
             hard_scale, soft_scale, CUBE, SHIFTED,
@@ -240,10 +240,17 @@ def _attraction(positives, kind, row, column, images):
 
 
 @triton.jit
+def _add_product(sums, gradients, valid, columns):
+    """`sums` and the product of gradients by similarities, where there are any, with columns."""
+    return tl.dot(tl.where(valid, gradients, 0.0).to(columns.dtype), columns, sums, input_precision="ieee")
+
+
+@triton.jit
 def gradient_kernel(
     v, classes, unshifted, weights, positives, partial, peers, images, features, tiles_per_stretch, blocks, hard_scale,
     soft_scale, CUBE: tl.constexpr, SHIFTED: tl.constexpr,
-    PEERS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    PEERS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """What a stretch of columns gives to the gradient of a block of rows, for one block of features, of both peers of
     a pair: partial[stretch, peer, other]. Of two launches one does the work."""
@@ -263,19 +270,24 @@ def gradient_kernel(
         # What is no row or column may have any probability, infinity too.
         valid = (row < images)[:, None] & (column < images)[None, :]
         other = row[:, None] != column[None, :]
+        ii, ij, ji, jj = _similarities(v, i, j, row, column, images, features, PEERS, BLOCK_K)
         column_class = tl.load(classes + column, column < images, -1)
         positive = other & (row_class[:, None] == column_class[None, :])
         within = tl.where(positive, _attraction(positives, 0, row, column, images), 0.0)
-        ii, ij, ji, jj = _similarities(v, i, j, row, column, images, features, PEERS, BLOCK_D)
+        # First what is one peer's alone, then what is between them, so that fewer tiles are alive at a time.
         h_ii, s_ii = _probabilities(
             ii, weights, i, i, row, column, peers, images, hard_scale, soft_scale, CUBE, SHIFTED
         )
         ii = tl.where(other & own_i, h_ii - within, 0.0)
-        column_i = _load(v, i, column, feature, images, features)
         if PEERS == 2:
             h_jj, s_jj = _probabilities(
                 jj, weights, j, j, row, column, peers, images, hard_scale, soft_scale, CUBE, SHIFTED
             )
+            ii += s_ii - s_jj
+            jj = tl.where(other & own_j, h_jj - within, 0.0) + (s_jj - s_ii)
+        sum_i = _add_product(sum_i, ii, valid, _load(v, i, column, feature, images, features))
+        if PEERS == 2:
+            sum_j = _add_product(sum_j, jj, valid, _load(v, j, column, feature, images, features))
             h_ij, s_ij = _probabilities(
                 ij, weights, i, j, row, column, peers, images, hard_scale, soft_scale, CUBE, SHIFTED
             )
@@ -283,16 +295,10 @@ def gradient_kernel(
                 ji, weights, j, i, row, column, peers, images, hard_scale, soft_scale, CUBE, SHIFTED
             )
             between = tl.where(positive, _attraction(positives, 1, row, column, images), 0.0)
-            ii += s_ii - s_jj
-            jj = tl.where(other & own_j, h_jj - within, 0.0) + (s_jj - s_ii)
             ij = tl.where(other, h_ij - between, 0.0) + (s_ij - s_ji)
             ji = tl.where(other, h_ji - between, 0.0) + (s_ji - s_ij)
-            column_j = _load(v, j, column, feature, images, features)
-            ij, ji, jj = tl.where(valid, ij, 0.0), tl.where(valid, ji, 0.0), tl.where(valid, jj, 0.0)
-            sum_i = tl.dot(ij.to(column_j.dtype), column_j, sum_i, input_precision="ieee")
-            sum_j = tl.dot(ji.to(column_i.dtype), column_i, sum_j, input_precision="ieee")
-            sum_j = tl.dot(jj.to(column_j.dtype), column_j, sum_j, input_precision="ieee")
-        sum_i = tl.dot(tl.where(valid, ii, 0.0).to(column_i.dtype), column_i, sum_i, input_precision="ieee")
+            sum_i = _add_product(sum_i, ij, valid, _load(v, j, column, feature, images, features))
+            sum_j = _add_product(sum_j, ji, valid, _load(v, i, column, feature, images, features))
     inside = (row < images)[:, None] & (feature < features)[None, :]
     others = tl.maximum(peers - 1, 1)
     at = row.to(tl.int64)[:, None] * features + feature[None, :]
@@ -303,28 +309,44 @@ def gradient_kernel(
         tl.store(partial + second * images * features + at, sum_j, inside)
 
 
+def _blocks(dtype: torch.dtype, features: int, gradient: bool) -> dict[str, int]:
+    """Of rows, columns and features of similarities, which both passes must round alike: shifts and sums of the first
+    meet exponentials of the second. The largest that spill no registers."""
+    wide = dtype != torch.float32
+    return {
+        "BLOCK_R": 64 if wide and not gradient else 32,
+        "BLOCK_C": 32 if wide else 16,
+        "BLOCK_K": _part(features, 32),
+        "num_warps": 8,
+        "num_stages": 2 if wide else 1,
+    }
+
+
+def _part(features: int, most: int) -> int:
+    return max(16, min(most, triton.next_power_of_2(features)))
+
+
 class Plan(NamedTuple):
     """How rows, columns and features are cut, and where the rows begin that a pass visits."""
 
-    blocks: dict[str, int]
+    options: dict[str, int]
+    """Constants and launch options of a kernel."""
     first_block: int
     row_blocks: int
     tiles_per_stretch: int
     stretches: int
 
     @classmethod
-    def of(cls, v: Tensor, start: int, stop: int) -> Plan:
-        peers, images, features = v.shape
-        size = 32 if v.dtype == torch.float32 else 64
-        columns = max(16, min(128, triton.next_power_of_2(features)))
-        blocks = {"PEERS": min(peers, 2), "BLOCK_R": size, "BLOCK_C": size, "BLOCK_D": columns}
-        first = start // size
-        row_blocks = triton.cdiv(stop, size) - first if stop > start else 0
-        tiles = triton.cdiv(images, size)
+    def of(cls, v: Tensor, start: int, stop: int, blocks: dict[str, int]) -> Plan:
+        peers, images, _ = v.shape
+        options = {"PEERS": min(peers, 2), **blocks}
+        first = start // options["BLOCK_R"]
+        row_blocks = triton.cdiv(stop, options["BLOCK_R"]) - first if stop > start else 0
+        tiles = triton.cdiv(images, options["BLOCK_C"])
         programs = max(1, row_blocks * max(1, peers * (peers - 1) // 2))
         stretches = min(triton.cdiv(WANTED_PROGRAMS, programs), triton.cdiv(tiles, LEAST_TILES))
         per_stretch = triton.cdiv(tiles, max(1, stretches))
-        return cls(blocks, first, row_blocks, per_stretch, triton.cdiv(tiles, max(1, per_stretch)))
+        return cls(options, first, row_blocks, per_stretch, triton.cdiv(tiles, max(1, per_stretch)))
 
     def grid(self, peers: int, feature_blocks: int = 1) -> tuple[int, int, int]:
         return self.row_blocks * feature_blocks, self.stretches, peers * peers
@@ -390,17 +412,17 @@ def forward(
         return normalisers.new_zeros(4), normalisers
     with torch.cuda.device_of(embeddings):
         ready = Prepared.of(embeddings, labels, temperature, soft_temperature)
-        plan = Plan.of(embeddings, start, stop)
+        plan = Plan.of(embeddings, start, stop, _blocks(embeddings.dtype, features, gradient=False))
         shape = (plan.stretches, KINDS.value, peers, peers, images)
         extents = (peers, images, features, plan.first_block, plan.tiles_per_stretch)
         largest = normalisers.new_full((plan.stretches, 2, *shape[2:]), float("-inf"))
-        largest_kernel[plan.grid(peers)](ready.v, ready.unshifted, largest, *extents, **plan.blocks)
+        largest_kernel[plan.grid(peers)](ready.v, ready.unshifted, largest, *extents, **plan.options)
         largest = largest.amax(0)[..., start:stop]
         normalisers[::2, ..., start:stop] = torch.where(largest.isneginf(), 0.0, largest)
         partial = normalisers.new_zeros(shape)
         for options in _launches(ready):
             sum_kernel[plan.grid(peers)](
-                ready.v, ready.classes, ready.unshifted, normalisers, partial, *extents, **options, **plan.blocks
+                ready.v, ready.classes, ready.unshifted, normalisers, partial, *extents, **options, **plan.options
             )
         sums = partial.sum(0, dtype=torch.float64)[..., start:stop]
         normalisers[1::2, ..., start:stop] = sums[:2]
@@ -483,12 +505,15 @@ def backward(
     with torch.cuda.device_of(embeddings):
         ready = Prepared.of(embeddings, labels, temperature, soft_temperature)
         weights = Weights.of(grad_terms, normalisers, ready, (start, stop), temperature, soft_temperature)
-        plan = Plan.of(embeddings, 0, images)
-        feature_blocks = triton.cdiv(features, plan.blocks["BLOCK_D"])
+        plan = Plan.of(embeddings, 0, images, _blocks(embeddings.dtype, features, gradient=True))
         partial = normalisers.new_empty((plan.stretches, peers, max(1, peers - 1), images, features))
         for options in _launches(ready):
-            gradient_kernel[plan.grid(peers, feature_blocks)](
+            # Each block of features computes similarities anew. Shifts take registers that the widest would need.
+            narrow = options["SHIFTED"] or ready.v.dtype == torch.float32
+            block = _part(features, 64 if narrow else 128)
+            blocks = triton.cdiv(features, block)
+            gradient_kernel[plan.grid(peers, blocks)](
                 ready.v, ready.classes, ready.unshifted, weights.of_rows, weights.of_positives, partial, peers, images,
-                features, plan.tiles_per_stretch, feature_blocks, **options, **plan.blocks,
+                features, plan.tiles_per_stretch, blocks, **options, **plan.options, BLOCK_D=block,
             )  # fmt: skip
         return (partial.sum((0, 2)) / weights.scale).to(embeddings.dtype)

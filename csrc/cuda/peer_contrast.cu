@@ -16,24 +16,47 @@ __device__ __forceinline__ int64_t normaliser_of(const Sizes& s, int q, int i, i
   return ((q * s.peers + i) * s.peers + j) * s.batch + row;
 }
 
-// Images of one thread in a tile.
+// A block's walk through its tiles, for one thread.
 template <typename T, int P>
-struct Rows {
+struct Walk {
   static constexpr int kSlots = Tile<P>::kSlots;
-  int64_t image[kSlots];
+  const Lane lane;
+  Operands<T, P> operands;
+  int rows[kSlots];  // the thread's images
 
-  __device__ Rows(const Operands<T, P>& operands, const Lane& lane) {
+  __device__ Walk(const Plan& plan, const T* panels) : operands(plan, panels, static_cast<int>(blockIdx.z), 0, 0) {
 #pragma unroll
     for (int u = 0; u < kSlots; ++u) {
-      image[u] = operands.row_image + lane.row_warp * Tile<P>::kImagesOfPart + 8 * u + lane.layout.group;
+      rows[u] = operands.row_image + lane.row_warp * Tile<P>::kImagesOfPart + 8 * u + lane.layout.group;
+    }
+  }
+
+  // Calls visit(x, column, u, v, e, a, b) for every similarity of the thread, of its row u and `column`, peers a and b:
+  // x has it at (a * kSlots + u, b * kSlots + v, e).
+  template <typename Visit>
+  __device__ __forceinline__ void visit(Visit visit) {
+    for (int tile = operands.first_tile; tile < operands.last_tile; ++tile) {
+      Part x = {};
+      operands.similarities(lane, tile, x);
+      const int first =
+          tile * Tile<P>::kColumnImages + lane.column_warp * Tile<P>::kImagesOfPart + 2 * lane.layout.member;
+#pragma unroll
+      for (int v = 0; v < kSlots; ++v) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+#pragma unroll
+          for (int u = 0; u < kSlots; ++u) {
+#pragma unroll
+            for (int a = 0; a < P; ++a) {
+#pragma unroll
+              for (int b = 0; b < P; ++b) visit(x, first + 8 * v + e, u, v, e, a, b);
+            }
+          }
+        }
+      }
     }
   }
 };
-
-template <int P>
-__device__ __forceinline__ int64_t column_image(const Lane& lane, int64_t tile, int v) {
-  return tile * Tile<P>::kColumnImages + lane.column_warp * Tile<P>::kImagesOfPart + 8 * v + 2 * lane.layout.member;
-}
 
 // Where partial result q of places a and b and `row` stands, of `kinds` results.
 template <int P>
@@ -44,7 +67,7 @@ __device__ __forceinline__ int64_t partial_of(const Plan& plan, int kinds, int64
 
 // Results of the four lanes that share rows become one, and are written by one of them.
 template <int P, int kKinds, typename Reduce>
-__device__ void write_partial(const Plan& plan, const Lane& lane, const int64_t (&rows)[Tile<P>::kSlots],
+__device__ void write_partial(const Plan& plan, const Lane& lane, const int (&rows)[Tile<P>::kSlots],
                               float (&values)[P][P][Tile<P>::kSlots][kKinds], float* partial, Reduce reduce) {
   const int64_t part = blockIdx.y * int64_t{kColumnWarps} + lane.column_warp;
 #pragma unroll
@@ -70,42 +93,21 @@ __device__ void write_partial(const Plan& plan, const Lane& lane, const int64_t 
 // Block (x, y, z): largest similarities of tile x of rows in stretch y of columns, for group z. NaN is left to the
 // sums.
 template <typename T, int P>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     largest_kernel(const Plan plan, const T* panels, const Summary* summary, float* partial) {
   if (summary->unshifted) return;
   constexpr int kSlots = Tile<P>::kSlots;
-  const Lane lane;
-  Operands<T, P> operands(plan, panels, static_cast<int>(blockIdx.z), 0, 0);
-  const Rows<T, P> rows(operands, lane);
+  Walk<T, P> walk(plan, panels);
   float largest[P][P][kSlots][kLargest];
   for (float& x : reinterpret_cast<float (&)[P * P * kSlots * kLargest]>(largest)) x = -INFINITY;
-  for (int64_t tile = operands.first_tile; tile < operands.last_tile; ++tile) {
-    Part x = {};
-    operands.similarities(lane, tile, x);
-#pragma unroll
-    for (int v = 0; v < kSlots; ++v) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int64_t column = column_image<P>(lane, tile, v) + e;
-        if (column >= plan.sizes.batch) continue;
-#pragma unroll
-        for (int u = 0; u < kSlots; ++u) {
-          const bool other = rows.image[u] != column;
-#pragma unroll
-          for (int a = 0; a < P; ++a) {
-#pragma unroll
-            for (int b = 0; b < P; ++b) {
-              const float value = at(x, a * kSlots + u, b * kSlots + v, e);
-              float (&own)[kLargest] = largest[a][b][u];
-              own[kOfAll] = fmaxf(own[kOfAll], value);
-              if (other) own[kOfOthers] = fmaxf(own[kOfOthers], value);
-            }
-          }
-        }
-      }
-    }
-  }
-  write_partial<P, kLargest>(plan, lane, rows.image, largest, partial, [](float x, float y) { return fmaxf(x, y); });
+  walk.visit([&](Part& x, int column, int u, int v, int e, int a, int b) {
+    const float value = column < plan.sizes.batch ? at(x, a * kSlots + u, b * kSlots + v, e) : -INFINITY;
+    float (&own)[kLargest] = largest[a][b][u];
+    own[kOfAll] = fmaxf(own[kOfAll], value);
+    own[kOfOthers] = fmaxf(own[kOfOthers], walk.rows[u] != column ? value : -INFINITY);
+  });
+  write_partial<P, kLargest>(plan, walk.lane, walk.rows, largest, partial,
+                             [](float x, float y) { return fmaxf(x, y); });
 }
 
 // Shifts of a group and an image: kLargest numbers of every two places.
@@ -149,57 +151,36 @@ __device__ __forceinline__ float difference(Part& x, int a, int b, int u, int v,
 // Block (x, y, z): sums of tile x of rows over stretch y of columns, for group z. Of the two instances that are started
 // one does the work: exponentials are shifted where the summary says so.
 template <typename T, int P, bool kShifted>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, P <= 2 ? 2 : 1)
     sum_kernel(const Plan plan, const Exponents exponents, const T* panels, const int32_t* classes,
                const Summary* summary, const float* shifts, float* partial) {
   if (kShifted == (summary->unshifted != 0)) return;
   constexpr int kSlots = Tile<P>::kSlots;
-  const Lane lane;
-  Operands<T, P> operands(plan, panels, static_cast<int>(blockIdx.z), 0, 0);
-  const Rows<T, P> rows(operands, lane);
+  Walk<T, P> walk(plan, panels);
   int32_t row_class[kSlots];
 #pragma unroll
-  for (int u = 0; u < kSlots; ++u) row_class[u] = classes[rows.image[u]];
+  for (int u = 0; u < kSlots; ++u) row_class[u] = classes[walk.rows[u]];
   float sums[P][P][kSlots][kSums] = {};
-  for (int64_t tile = operands.first_tile; tile < operands.last_tile; ++tile) {
-    Part x = {};
-    operands.similarities(lane, tile, x);
-#pragma unroll
-    for (int v = 0; v < kSlots; ++v) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int64_t column = column_image<P>(lane, tile, v) + e;
-        const int32_t column_class = classes[column];
-        if (column_class < 0) continue;
-#pragma unroll
-        for (int u = 0; u < kSlots; ++u) {
-          const bool other = rows.image[u] != column, positive = other && row_class[u] == column_class;
-#pragma unroll
-          for (int a = 0; a < P; ++a) {
-#pragma unroll
-            for (int b = 0; b < P; ++b) {
-              const float value = at(x, a * kSlots + u, b * kSlots + v, e);
-              float hard, soft;
-              if constexpr (!kShifted) {
-                exponents.unshifted(value, hard, soft);
-              } else {
-                const float* shift =
-                    shifts + shift_of<P>(plan, static_cast<int>(blockIdx.z), rows.image[u]) + a * P + b;
-                hard = exp2f((value - shift[0]) * exponents.hard);
-                soft = exp2f((value - shift[P * P]) * exponents.soft);
-              }
-              float (&own)[kSums] = sums[a][b][u];
-              own[kHard] += other ? hard : 0.f;
-              own[kSoft] += soft;
-              own[kDifference] += soft * difference<P>(x, a, b, u, v, e);
-              own[kPositive] += positive ? value : 0.f;
-            }
-          }
-        }
-      }
+  walk.visit([&](Part& x, int column, int u, int v, int e, int a, int b) {
+    const int32_t column_class = classes[column];
+    const bool valid = column_class >= 0, other = valid && walk.rows[u] != column;
+    const float value = at(x, a * kSlots + u, b * kSlots + v, e);
+    float hard, soft;
+    if constexpr (!kShifted) {
+      exponents.unshifted(value, hard, soft);
+    } else {
+      const float* shift = shifts + shift_of<P>(plan, static_cast<int>(blockIdx.z), walk.rows[u]) + a * P + b;
+      hard = exp2f((value - shift[0]) * exponents.hard);
+      soft = exp2f((value - shift[P * P]) * exponents.soft);
     }
-  }
-  write_partial<P, kSums>(plan, lane, rows.image, sums, partial, [](float x, float y) { return x + y; });
+    soft = valid ? soft : 0.f;
+    float (&own)[kSums] = sums[a][b][u];
+    own[kHard] += other ? hard : 0.f;
+    own[kSoft] += soft;
+    own[kDifference] += soft * difference<P>(x, a, b, u, v, e);
+    own[kPositive] += other && row_class[u] == column_class ? value : 0.f;
+  });
+  write_partial<P, kSums>(plan, walk.lane, walk.rows, sums, partial, [](float x, float y) { return x + y; });
 }
 
 template <int P>
@@ -234,7 +215,7 @@ struct Temperatures {
 // Block (x, y): rows [x, x + 1) * kThreads of the ordered pair y: their normalisers; of_rows[y][x] is the sum of their
 // contrasts and of their divergences, without the factors that are the same for all rows.
 template <int P>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     row_kernel(const Plan plan, const Temperatures temperatures, const int32_t* positives, const float* partial,
                float* normalisers, double* of_rows) {
   double* scratch = reinterpret_cast<double*>(dynamic_shared());
@@ -277,8 +258,12 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t k = threadIdx.x; k < s.pairs() * blocks; k += kThreads) {
     const int64_t pair = k / blocks;
     const bool own = pair / s.peers == pair % s.peers;
-    sums[own ? kVcl : kIcl] += of_rows[2 * k];
-    sums[own ? kSoftVcl : kSoftIcl] += of_rows[2 * k + 1];
+    const double contrast = of_rows[2 * k], divergence = of_rows[2 * k + 1];
+    // An index that is not known here would put the sums into memory.
+    sums[kVcl] += own ? contrast : 0;
+    sums[kIcl] += own ? 0 : contrast;
+    sums[kSoftVcl] += own ? divergence : 0;
+    sums[kSoftIcl] += own ? 0 : divergence;
   }
 #pragma unroll
   for (int q = 0; q < kTerms; ++q) {

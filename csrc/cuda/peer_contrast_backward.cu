@@ -13,8 +13,8 @@ namespace {
 enum Weight { kHard, kSoft, kHardShift, kSoftShift, kWeights };
 
 struct Weights {
-  float* of_rows;   // kWeights numbers of every two places, for every group and image
-  float* positive;  // of every positive of a row: 2 x padded_batch, within a peer and between peers
+  float* of_rows;   // kWeights numbers side by side, of every two places, for every group and image
+  float* positive;  // of every positive of a row: padded_batch x 2, within a peer and between peers
 
   Weights(Workspace& workspace, const Plan& plan)
       : of_rows(workspace.take<float>(kWeights * plan.grouped())),
@@ -66,31 +66,32 @@ __global__ void __launch_bounds__(kThreads)
   const float* of_row = normalisers + (own.i * s.peers + own.j) * s.batch + own.row;
   const int64_t kind = s.pairs() * s.batch;
   const int places = plan.places();
-  float* out = to.of_rows + (own.group * plan.padded_batch + own.row) * kWeights * places + blockIdx.y % places;
-  out[kHard * places] = counted && own.first ? static_cast<float>(hard / of_row[kind]) : 0.f;
-  out[kHardShift * places] = counted && own.first ? of_row[0] : INFINITY;
-  out[kSoft * places] = active ? static_cast<float>(soft / of_row[3 * kind]) : 0.f;
-  out[kSoftShift * places] = active ? of_row[2 * kind] : INFINITY;
+  float* out = to.of_rows + ((own.group * plan.padded_batch + own.row) * places + blockIdx.y % places) * kWeights;
+  out[kHard] = counted && own.first ? static_cast<float>(hard / of_row[kind]) : 0.f;
+  out[kHardShift] = counted && own.first ? of_row[0] : INFINITY;
+  out[kSoft] = active ? static_cast<float>(soft / of_row[3 * kind]) : 0.f;
+  out[kSoftShift] = active ? of_row[2 * kind] : INFINITY;
   if (blockIdx.y > 1) return;  // places (0, 0) are one peer, (0, 1) are not
-  to.positive[blockIdx.y * plan.padded_batch + own.row] = counted ? static_cast<float>(hard / positives[own.row]) : 0.f;
+  to.positive[2 * own.row + blockIdx.y] = counted ? static_cast<float>(hard / positives[own.row]) : 0.f;
 }
 
 // Probabilities of one similarity by the weights of its row, for places (a, b), and of its column, for (b, a).
-template <int P, bool kShifted>
-__device__ __forceinline__ void weigh(const Exponents& exponents, float x, const float* row, const float* column,
+template <bool kShifted>
+__device__ __forceinline__ void weigh(const Exponents& exponents, float x, const float* of_row, const float* of_column,
                                       float& hard, float& soft) {
-  constexpr int kPlaces = P * P;
+  constexpr int kRead = kShifted ? kWeights : kHardShift;
+  const Pack<float, kRead> row = load_pack<kRead>(of_row), column = load_pack<kRead>(of_column);
   if constexpr (kShifted) {
     const auto sum = [&](float scale, int weight, int shift) {
-      return exp2f((x - row[shift * kPlaces]) * scale) * row[weight * kPlaces] +
-             exp2f((x - column[shift * kPlaces]) * scale) * column[weight * kPlaces];
+      return exp2f((x - row.at[shift]) * scale) * row.at[weight] +
+             exp2f((x - column.at[shift]) * scale) * column.at[weight];
     };
     hard = sum(exponents.hard, kHard, kHardShift);
     soft = sum(exponents.soft, kSoft, kSoftShift);
   } else {
     exponents.unshifted(x, hard, soft);
-    hard *= row[kHard * kPlaces] + column[kHard * kPlaces];
-    soft *= row[kSoft * kPlaces] + column[kSoft * kPlaces];
+    hard *= row.at[kHard] + column.at[kHard];
+    soft *= row.at[kSoft] + column.at[kSoft];
   }
 }
 
@@ -101,10 +102,10 @@ class ToGradients {
   static constexpr int kSlots = Tile<P>::kSlots;
 
   __device__ ToGradients(const Plan& plan, const Exponents& exponents, const Weights& weights, const int32_t* classes,
-                         const Lane& lane, int group, int64_t row_image)
+                         const Lane& lane, int group, int row_image)
       : exponents_(exponents),
         weights_(weights.of_rows + group * plan.padded_batch * kStride),
-        positive_{weights.positive, weights.positive + plan.padded_batch},
+        positive_(weights.positive),
         classes_(classes),
         row_(row_image + lane.row_warp * Tile<P>::kImagesOfPart + lane.layout.group),
         column_(lane.column_warp * Tile<P>::kImagesOfPart + 2 * lane.layout.member) {
@@ -112,33 +113,36 @@ class ToGradients {
     for (int place = 0; place < 2; ++place) first_[place] = group == plan.groups.first(members[place]);
   }
 
-  __device__ __forceinline__ void operator()(Part& x, int64_t tile) const {
+  __device__ __forceinline__ void operator()(Part& x, int tile) const {
+    const int first = tile * Tile<P>::kColumnImages + column_;
 #pragma unroll
-    for (int u = 0; u < kSlots; ++u) {
+    for (int v = 0; v < kSlots; ++v) {
 #pragma unroll
-      for (int v = 0; v < kSlots; ++v) {
+      for (int u = 0; u < kSlots; ++u) {
 #pragma unroll
-        for (int e = 0; e < 2; ++e) one(x, u, v, e, row_ + 8 * u, tile * Tile<P>::kColumnImages + column_ + 8 * v + e);
+        for (int e = 0; e < 2; ++e) one(x, u, v, e, row_ + 8 * u, first + 8 * v + e);
       }
     }
   }
 
  private:
   // All pairs of peers at one row and column. What is no column may have any probability, infinity too.
-  __device__ __forceinline__ void one(Part& x, int u, int v, int e, int64_t row, int64_t column) const {
+  __device__ __forceinline__ void one(Part& x, int u, int v, int e, int row, int column) const {
     const int32_t column_class = classes_[column];
     const bool valid = column_class >= 0, other = row != column, same = other && classes_[row] == column_class;
-    const float *of_row = weights_ + row * kStride, *of_column = weights_ + column * kStride;
+    const float *of_row = weights_ + int64_t{row} * kStride, *of_column = weights_ + int64_t{column} * kStride;
+    const auto row_positive = load_pack<2>(positive_ + int64_t{2} * row);
+    const auto column_positive = load_pack<2>(positive_ + int64_t{2} * column);
     float hard[P][P], soft[P][P], sum = 0;
 #pragma unroll
     for (int a = 0; a < P; ++a) {
 #pragma unroll
       for (int b = 0; b < P; ++b) {
-        weigh<P, kShifted>(exponents_, at(x, a * kSlots + u, b * kSlots + v, e), of_row + a * P + b,
-                           of_column + b * P + a, hard[a][b], soft[a][b]);
-        const float* positive = positive_[a != b];
+        weigh<kShifted>(exponents_, at(x, a * kSlots + u, b * kSlots + v, e), of_row + (a * P + b) * kWeights,
+                        of_column + (b * P + a) * kWeights, hard[a][b], soft[a][b]);
         const bool attracted = same && (a != b || is_first(a));
-        hard[a][b] = !other ? 0.f : attracted ? hard[a][b] - (positive[row] + positive[column]) : hard[a][b];
+        hard[a][b] =
+            !other ? 0.f : hard[a][b] - (attracted ? row_positive.at[a != b] + column_positive.at[a != b] : 0.f);
       }
       sum += soft[a][a];
     }
@@ -158,9 +162,9 @@ class ToGradients {
   static constexpr int kStride = kWeights * P * P;
   const Exponents& exponents_;
   const float* weights_;
-  const float* positive_[2];
+  const float* positive_;
   const int32_t* classes_;
-  const int64_t row_, column_;
+  const int row_, column_;
   bool first_[2];
 };
 
@@ -204,7 +208,7 @@ __device__ __forceinline__ void write_gradient(const Plan& plan, const Lane& lan
 // Block (x, y, z): what stretch y of columns gives to tile x of rows, for a group and kOutputs chunks of features. Of
 // the two instances that are started one does the work.
 template <typename T, int P, bool kShifted>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     gradient_kernel(const Plan plan, const Exponents exponents, const T* panels, const int32_t* classes,
                     const Summary* summary, const Weights weights, float* partial) {
   if (kShifted == (summary->unshifted != 0)) return;
@@ -216,7 +220,7 @@ __global__ void __launch_bounds__(kThreads)
   T* gradients = operands.rest();
   const ToGradients<T, P, kShifted> to_gradients(plan, exponents, weights, classes, lane, group, operands.row_image);
   Part sums[kOutputs] = {};
-  for (int64_t tile = operands.first_tile; tile < operands.last_tile; ++tile) {
+  for (int tile = operands.first_tile; tile < operands.last_tile; ++tile) {
     Part x = {};
     operands.similarities(lane, tile, x);
     to_gradients(x, tile);

@@ -11,6 +11,8 @@ from bench import test_gated_excitation as operator
 from bench import test_hcgnet as hcgnet
 from bench import test_hybrid_block as block
 from bench import test_memory_contrast as memory_bank
+from bench import test_memory_update as bank_update
+from bench import test_peer_contrast as peers
 from bench.case import Gate
 from bench.peers import Subject, gradient_runner, step_runner
 from pyext.models.hcgnet import HCGNet
@@ -21,7 +23,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_case_has_a_name_of_its_own_and_peers_to_beat(device):
     device = torch.device(device)
-    modules = operator, block, memory_bank, hcgnet, densenet
+    modules = operator, block, memory_bank, bank_update, peers, hcgnet, densenet
     cases = [case for module in modules for case in module.cases(device)]
     assert len({case.name for case in cases}) == len(cases)
     for case in cases:
@@ -132,3 +134,31 @@ def test_densenet40_of_the_bench_is_pyexts():
     own, plain = network.pyext().double().eval(), network.plain().double().eval()
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     torch.testing.assert_close(own(x), plain(x))
+
+
+def test_peer_contrast_work_is_that_of_the_definition():
+    # Two peers of three images: half of 6 x 6 products in each pass and all of them once more, of 5 multiply-adds.
+    assert peers.work(2, 3, 5).operations == 2 * 5 * (18 + 18 + 36)
+    assert peers.work(2, 3, 5).bytes == 4 * 3 * 2 * 3 * 5
+    assert peers.work(2, 3, 5, 2).bytes == 2 * 3 * 2 * 3 * 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("peers_and_batch", [(1, 37), (2, 20)])
+def test_contenders_pass_peer_contrasts_gate(peers_and_batch, dtype, monkeypatch):
+    monkeypatch.setattr(peers, "TRUTH_ROWS", 7)
+    case = peers._case(peers.Setup(*peers_and_batch, CPU, dtype))
+    gate = Gate(case)
+    for contender in case.contenders:
+        if not contender.name.startswith("torch.compile"):
+            runner = contender.build()
+            runner.run()
+            gate.check(contender, runner.results())
+
+
+def test_gpu_cases_of_peer_contrast_cover_both_dtypes_and_both_backends():
+    cases = peers.cases(torch.device("cuda"))
+    for dtype in ("bfloat16", "float32"):
+        for count, batch in peers.GPU_SIZES:
+            (case,) = (c for c in cases if c.name.endswith(f" {count} peers, {batch} images {dtype}"))
+            assert {"pyext", "pyext triton", "eager"} < {contender.name for contender in case.contenders}

@@ -10,19 +10,18 @@ from cuda_host.device import Device
 from cuda_host.library import Library
 from exactness import assert_as_exact
 from memory_device import DTYPE_CODES, pointer, set_up
-from peer_inputs import WEIGHTS, PeerInputs, make_peer_inputs, plain_contrast
+from peer_inputs import (
+    SHAPES,
+    VARIANTS,
+    WEIGHTS,
+    PeerInputs,
+    assert_nan_where_plain_torch_has_it,
+    make_peer_inputs,
+    make_peer_variants,
+    make_peers_with_nan,
+    plain_contrast,
+)
 from torch import Tensor
-
-# One tile and several, of rows, columns and chunks of features; peers that are met together and two by two.
-SHAPES = {
-    "one of everything": (1, 1, 1),
-    "one peer": (1, 70, 5),
-    "two": (2, 19, 7),
-    "several tiles": (2, 70, 70),
-    "three, in pairs": (3, 21, 3),
-    "four": (4, 33, 20),
-    "five, in pairs": (5, 9, 4),
-}
 
 
 class Inputs(ctypes.Structure):
@@ -78,10 +77,14 @@ class Contrast:
         self._library.call(f"peer_contrast_{which}", inputs, *map(pointer, (*tensors, workspace)))
 
 
+def run(library: Library, device: Device, case: PeerInputs, descending_threads: bool = False) -> dict[str, Tensor]:
+    kernels = Contrast(library, device, case, descending_threads)
+    return {"terms": kernels.forward(), "gradient": kernels.backward()}
+
+
 def check(library: Library, device: Device, case: PeerInputs, descending_threads: bool = False) -> None:
     library.forget_launches()
-    kernels = Contrast(library, device, case, descending_threads)
-    actual = {"terms": kernels.forward(), "gradient": kernels.backward()}
+    actual = run(library, device, case, descending_threads)
     evaluate = plain_contrast(case)
     assert_as_exact(evaluate, case.embeddings, [], [], actual)
     library.verify_launches(evaluate(case.embeddings.double(), [], []))
@@ -101,3 +104,15 @@ def run_covering_checks(library: Library, device: Device) -> None:
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_contrast(library, device, shape, dtype, temperature):
     check(library, device, make_peer_inputs(shape, dtype, temperature))
+
+
+@pytest.mark.parametrize("dtype", DTYPE_CODES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants(library, device, variant, dtype):
+    check(library, device, make_peer_variants(dtype)[variant])
+
+
+@pytest.mark.parametrize("dtype", DTYPE_CODES, ids=str)
+def test_nan_embeddings(library, device, dtype):
+    case = make_peers_with_nan(dtype)
+    assert_nan_where_plain_torch_has_it(case, run(library, device, case))

@@ -5,20 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 from exactness import assert_as_exact
-from peer_inputs import PeerInputs, make_peer_inputs, plain_contrast, terms_and_gradient
+from peer_inputs import (
+    SHAPES,
+    VARIANTS,
+    PeerInputs,
+    assert_nan_where_plain_torch_has_it,
+    make_peer_inputs,
+    make_peer_variants,
+    make_peers_with_nan,
+    plain_contrast,
+    terms_and_gradient,
+)
+from torch import Tensor
 
 from pyext.ops import peer_contrast
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# One tile and several, of rows, columns and chunks of features; one pair of peers and several.
-SHAPES = {
-    "one of everything": (1, 1, 1),
-    "one peer": (1, 70, 5),
-    "two": (2, 19, 7),
-    "several tiles": (2, 70, 150),
-    "three": (3, 21, 3),
-    "five": (5, 9, 4),
-}
 
 
 def on_triton(embeddings, labels, temperature, soft_temperature, rows):
@@ -27,9 +29,12 @@ def on_triton(embeddings, labels, temperature, soft_temperature, rows):
     )
 
 
+def run(case: PeerInputs) -> dict[str, Tensor]:
+    return dict(zip(("terms", "gradient"), terms_and_gradient(on_triton, *case), strict=True))
+
+
 def check(case: PeerInputs) -> None:
-    actual = dict(zip(("terms", "gradient"), terms_and_gradient(on_triton, *case), strict=True))
-    assert_as_exact(plain_contrast(case), case.embeddings, [], [], actual)
+    assert_as_exact(plain_contrast(case), case.embeddings, [], [], run(case))
 
 
 def run_covering_checks(dtype: torch.dtype) -> None:
@@ -42,3 +47,15 @@ def run_covering_checks(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_contrast(shape, dtype, temperature):
     check(make_peer_inputs(shape, dtype, temperature))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants(variant, dtype):
+    check(make_peer_variants(dtype)[variant])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_embeddings(dtype):
+    case = make_peers_with_nan(dtype)
+    assert_nan_where_plain_torch_has_it(case, run(case))

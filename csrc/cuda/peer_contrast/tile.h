@@ -50,29 +50,47 @@ __device__ __forceinline__ void multiply(Part& part, const T* left, const T* rig
   }
 }
 
+// b[k][column] of two columns, from right[column][k], or, transposed, right[k][column].
+template <bool kTransposed, int K>
+__device__ __forceinline__ void load_columns(float (&b)[K][2], const float* right) {
+  if constexpr (kTransposed) {
+#pragma unroll
+    for (int i = 0; i < K; ++i) {
+      const Pack<float, 2> pair = load_pack<2>(right + i * kPitch<float>);
+      b[i][0] = pair.at[0];
+      b[i][1] = pair.at[1];
+    }
+  } else {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const Pack<float, K> column = load_pack<K>(right + e * kPitch<float>);
+#pragma unroll
+      for (int i = 0; i < K; ++i) b[i][e] = column.at[i];
+    }
+  }
+}
+
 template <bool kTransposed>
 __device__ __forceinline__ void multiply(Part& part, const float* left, const float* right) {
+  constexpr int kStep = 4;
   const MmaLayout layout(threadIdx.x % kWarp);
-#pragma unroll 4
-  for (int k = 0; k < kDepth; k += 2) {
-    Pack<float, 2> a[4];
+#pragma unroll 1  // the next step's operands would take registers that there are not
+  for (int k = 0; k < kDepth; k += kStep) {
+    Pack<float, kStep> a[4];
 #pragma unroll
-    for (int q = 0; q < 4; ++q) a[q] = load_pack<2>(left + (8 * q + layout.group) * kPitch<float> + k);
+    for (int q = 0; q < 4; ++q) a[q] = load_pack<kStep>(left + (8 * q + layout.group) * kPitch<float> + k);
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
       const int column = 8 * s + 2 * layout.member;
-      Pack<float, 2> b[2];
+      float b[kStep][2];
+      load_columns<kTransposed>(b,
+                                kTransposed ? right + k * kPitch<float> + column : right + column * kPitch<float> + k);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        b[i] = load_pack<2>(kTransposed ? right + (k + i) * kPitch<float> + column
-                                        : right + (column + i) * kPitch<float> + k);
-      }
+      for (int i = 0; i < kStep; ++i) {
 #pragma unroll
-      for (int q = 0; q < 4; ++q) {
+        for (int q = 0; q < 4; ++q) {
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          at(part, q, s, e) += a[q].at[0] * (kTransposed ? b[0].at[e] : b[e].at[0]);
-          at(part, q, s, e) += a[q].at[1] * (kTransposed ? b[1].at[e] : b[e].at[1]);
+          for (int e = 0; e < 2; ++e) at(part, q, s, e) += a[q].at[i] * b[i][e];
         }
       }
     }
@@ -86,16 +104,18 @@ class Operands {
  public:
   __device__ Operands(const Plan& plan, const T* panels, int group, int first_output, int outputs)
       : plan_(plan),
-        panels_(panels),
-        members_(plan.groups, group),
         first_output_(first_output),
         chunks_(plan.chunks()),
         steps_(chunks_ + outputs),
         rows_(reinterpret_cast<T*>(dynamic_shared())),
         columns_(rows_ + plan.row_chunks * kRows * kPitch<T>),
-        row_image((plan.first_tile + blockIdx.x) * Tile<P>::kRowImages),
-        first_tile(blockIdx.y * plan.tiles_per_stretch),
-        last_tile(min(plan.column_tiles, first_tile + plan.tiles_per_stretch)) {
+        row_image(static_cast<int>(plan.first_tile + blockIdx.x) * Tile<P>::kRowImages),
+        first_tile(static_cast<int>(blockIdx.y * plan.tiles_per_stretch)),
+        last_tile(static_cast<int>(min(plan.column_tiles, first_tile + plan.tiles_per_stretch))) {
+    const int row = threadIdx.x / kFetchers, packet = threadIdx.x % kFetchers * kPacket;
+    const int64_t peer = Members(plan.groups, group)[Tile<P>::peer(row)];
+    source_ = panels + (peer * plan.padded_batch + Tile<P>::image(row)) * plan.padded_features + packet;
+    target_ = row * kPitch<T> + packet;
     if (!plan.ahead()) return;
     for (int chunk = 0; chunk < chunks_; ++chunk) fetch_rows(chunk);
     fetch_columns(first_tile, 0, columns_);
@@ -106,7 +126,7 @@ class Operands {
 
   // Columns of step `step` of `tile`: a chunk of features, or beyond the last one of outputs. Steps are asked for in
   // order; all threads have then left the step before.
-  __device__ const T* columns(int64_t tile, int step) {
+  __device__ const T* columns(int tile, int step) {
     if (!plan_.ahead()) {
       __syncthreads();
       if (step < chunks_) fetch_rows(step);
@@ -128,7 +148,7 @@ class Operands {
   }
 
   // Similarities of the warp's part of `tile`.
-  __device__ void similarities(const Lane& lane, int64_t tile, Part& part) {
+  __device__ void similarities(const Lane& lane, int tile, Part& part) {
     for (int chunk = 0; chunk < chunks_; ++chunk) {
       const T* right = columns(tile, chunk) + lane.column_warp * kPart * kPitch<T>;
       const T* rows = rows_ + (plan_.ahead() ? chunk : 0) * kRows * kPitch<T>;
@@ -141,31 +161,35 @@ class Operands {
     fetch<kRows>(rows_ + (plan_.ahead() ? chunk : 0) * kRows * kPitch<T>, row_image, chunk);
   }
 
-  __device__ void fetch_columns(int64_t tile, int step, T* to) {
+  __device__ void fetch_columns(int tile, int step, T* to) {
     fetch<kColumns>(to, tile * Tile<P>::kColumnImages, step < chunks_ ? step : first_output_ + step - chunks_);
   }
 
+  // A thread copies the same packets of row threadIdx.x / kFetchers of every part, so of the same peer.
   template <int kCount>
-  __device__ void fetch(T* to, int64_t first_image, int chunk) {
-    constexpr int kPacket = 16 / sizeof(T), kPackets = kDepth / kPacket;
-    for (int i = threadIdx.x; i < kCount * kPackets; i += kThreads) {
-      const int position = i / kPackets, k = i % kPackets * kPacket;
-      const int64_t peer = members_[Tile<P>::peer(position)];
-      const int64_t image = first_image + Tile<P>::image(position);
-      const int64_t from = (peer * plan_.padded_batch + image) * plan_.padded_features + int64_t{chunk} * kDepth + k;
-      copy_to_shared(to + position * kPitch<T> + k, panels_ + from);
+  __device__ __forceinline__ void fetch(T* to, int first_image, int chunk) {
+    const T* from = source_ + first_image * plan_.padded_features + int64_t{chunk} * kDepth;
+    to += target_;
+#pragma unroll
+    for (int part = 0; part < kCount / kPart; ++part) {
+#pragma unroll
+      for (int k = 0; k < kDepth; k += kFetchers * kPacket) copy_to_shared(to + part * kPart * kPitch<T> + k, from + k);
+      from += Tile<P>::kImagesOfPart * plan_.padded_features;
     }
   }
 
+  static constexpr int kPacket = 16 / sizeof(T), kFetchers = kThreads / kPart;
+  static_assert(kDepth % (kFetchers * kPacket) == 0);
+
   const Plan& plan_;
-  const T* panels_;
-  const Members members_;
+  const T* source_;
   const int first_output_, chunks_, steps_;
   T *rows_, *columns_;
-  int count_ = 0;
+  int target_, count_ = 0;
 
  public:
-  const int64_t row_image, first_tile, last_tile;
+  // Images are counted in 32 bits, as their classes are: 64 would take registers that there are not.
+  const int row_image, first_tile, last_tile;
 };
 
 }  // namespace pyext::peer_contrast
