@@ -50,6 +50,13 @@ __device__ __forceinline__ void load_matrices(uint32_t (&x)[4], const void* row)
   }
 }
 
+// 2 to the power of x, as exp2f without its care for what is below the smallest normal float: that becomes 0.
+__device__ __forceinline__ float exp2_flushed(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
+
 // Copies 16 bytes from global to shared memory, both aligned to them, past the registers. They are there for the thread
 // after wait_for_copies, and for the block after a barrier that follows.
 __device__ __forceinline__ void copy_to_shared(void* shared, const void* global) {

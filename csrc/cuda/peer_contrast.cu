@@ -170,8 +170,8 @@ __global__ void __launch_bounds__(kThreads, P <= 2 ? 2 : 1)
       exponents.unshifted(value, hard, soft);
     } else {
       const float* shift = shifts + shift_of<P>(plan, static_cast<int>(blockIdx.z), walk.rows[u]) + a * P + b;
-      hard = exp2f((value - shift[0]) * exponents.hard);
-      soft = exp2f((value - shift[P * P]) * exponents.soft);
+      hard = exp2_flushed((value - shift[0]) * exponents.hard);
+      soft = exp2_flushed((value - shift[P * P]) * exponents.soft);
     }
     soft = valid ? soft : 0.f;
     float (&own)[kSums] = sums[a][b][u];

@@ -83,8 +83,8 @@ __device__ __forceinline__ void weigh(const Exponents& exponents, float x, const
   const Pack<float, kRead> row = load_pack<kRead>(of_row), column = load_pack<kRead>(of_column);
   if constexpr (kShifted) {
     const auto sum = [&](float scale, int weight, int shift) {
-      return exp2f((x - row.at[shift]) * scale) * row.at[weight] +
-             exp2f((x - column.at[shift]) * scale) * column.at[weight];
+      return exp2_flushed((x - row.at[shift]) * scale) * row.at[weight] +
+             exp2_flushed((x - column.at[shift]) * scale) * column.at[weight];
     };
     hard = sum(exponents.hard, kHard, kHardShift);
     soft = sum(exponents.soft, kSoft, kSoftShift);
@@ -120,7 +120,10 @@ class ToGradients {
 #pragma unroll
       for (int u = 0; u < kSlots; ++u) {
 #pragma unroll
-        for (int e = 0; e < 2; ++e) one(x, u, v, e, row_ + 8 * u, first + 8 * v + e);
+        for (int e = 0; e < 2; ++e) {
+          one(x, u, v, e, row_ + 8 * u, first + 8 * v + e);
+          hold_loads();
+        }
       }
     }
   }
@@ -131,29 +134,45 @@ class ToGradients {
     const int32_t column_class = classes_[column];
     const bool valid = column_class >= 0, other = row != column, same = other && classes_[row] == column_class;
     const float *of_row = weights_ + int64_t{row} * kStride, *of_column = weights_ + int64_t{column} * kStride;
-    const auto row_positive = load_pack<2>(positive_ + int64_t{2} * row);
-    const auto column_positive = load_pack<2>(positive_ + int64_t{2} * column);
-    float hard[P][P], soft[P][P], sum = 0;
+    constexpr int kKinds = P > 1 ? 2 : 1;  // within a peer and between peers
+    auto positive = load_pack<kKinds>(positive_ + int64_t{2} * row);
+    const auto column_positive = load_pack<kKinds>(positive_ + int64_t{2} * column);
+#pragma unroll
+    for (int k = 0; k < kKinds; ++k) positive.at[k] += column_positive.at[k];
+    // The contrast's gradient by the similarity of places a and b, and the softened probability.
+    const auto contrast = [&](int a, int b, float& soft) {
+      float hard;
+      weigh<kShifted>(exponents_, at(x, a * kSlots + u, b * kSlots + v, e), of_row + (a * P + b) * kWeights,
+                      of_column + (b * P + a) * kWeights, hard, soft);
+      const bool attracted = same && (a != b || is_first(a));
+      return other ? hard - (attracted ? positive.at[a != b] : 0.f) : 0.f;
+    };
+    const auto put = [&](int a, int b, float gradient) {
+      at(x, a * kSlots + u, b * kSlots + v, e) = valid ? gradient : 0.f;
+    };
+    float hard[P], soft[P], sum = 0;
 #pragma unroll
     for (int a = 0; a < P; ++a) {
-#pragma unroll
-      for (int b = 0; b < P; ++b) {
-        weigh<kShifted>(exponents_, at(x, a * kSlots + u, b * kSlots + v, e), of_row + (a * P + b) * kWeights,
-                        of_column + (b * P + a) * kWeights, hard[a][b], soft[a][b]);
-        const bool attracted = same && (a != b || is_first(a));
-        hard[a][b] =
-            !other ? 0.f : hard[a][b] - (attracted ? row_positive.at[a != b] + column_positive.at[a != b] : 0.f);
-      }
-      sum += soft[a][a];
+      hard[a] = contrast(a, a, soft[a]);
+      sum += soft[a];
     }
 #pragma unroll
     for (int a = 0; a < P; ++a) {
+      hold_loads();
+      put(a, a, hard[a] + (P * soft[a] - sum));
 #pragma unroll
-      for (int b = 0; b < P; ++b) {
-        const float divergence = a == b ? P * soft[a][a] - sum : soft[a][b] - soft[b][a];
-        at(x, a * kSlots + u, b * kSlots + v, e) = valid ? hard[a][b] + divergence : 0.f;
+      for (int b = a + 1; b < P; ++b) {
+        float soft_ab, soft_ba;
+        const float hard_ab = contrast(a, b, soft_ab), hard_ba = contrast(b, a, soft_ba);
+        put(a, b, hard_ab + (soft_ab - soft_ba));
+        put(b, a, hard_ba + (soft_ba - soft_ab));
       }
     }
+  }
+
+  // Loads after this are not moved before it: shifts of four peers, fetched ahead, would spill.
+  __device__ __forceinline__ static void hold_loads() {
+    if constexpr (kShifted && P > 2) __syncwarp();
   }
 
   // Whether a peer's contrast with itself counts in this group; more than two are in one group alone.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import subprocess
 from pathlib import Path
 
@@ -24,6 +25,16 @@ def test_matrix_product(library, device, dtype):
     assert (result.double() - truth).abs().max() <= torch.finfo(torch.float32).eps / 2 * truth.abs().max()
 
 
+def test_powers_of_two(library, device):
+    exponents = torch.cat([torch.linspace(-149, 127, 28), torch.tensor([-math.inf, -126.0, math.inf, math.nan])])
+    powers = device.empty("powers", 32)
+    operands = (device.copy("x", exponents), powers)
+    library.call("raise_two", *(ctypes.c_void_p(x.data_ptr()) for x in operands))
+    truth = exponents.double().exp2()
+    truth[truth < torch.finfo(torch.float32).tiny] = 0
+    torch.testing.assert_close(powers.double(), truth, rtol=torch.finfo(torch.float32).eps, atol=0, equal_nan=True)
+
+
 def ptx(nvcc: str, source: str, architecture: str, folder: Path) -> str:
     target = folder / "kernels.ptx"
     flags = ["-std=c++17", "-O3", "-ptx", f"-arch=sm_{architecture}", "-I", ROOT / "csrc", "-o", target]
@@ -34,10 +45,11 @@ def ptx(nvcc: str, source: str, architecture: str, folder: Path) -> str:
 if (nvcc := find_nvcc()) is not None:
 
     @pytest.mark.parametrize("architecture", ["80", "90", "100"])
-    def test_compiles_to_mma(tmp_path, architecture):
+    def test_compiles_to_the_instructions(tmp_path, architecture):
         text = ptx(nvcc, "instruction_kernels.cu", architecture, tmp_path)
         for name in ("bf16", "f16"):
             assert f"mma.sync.aligned.m16n8k16.row.col.f32.{name}.{name}.f32" in text
+        assert "ex2.approx.ftz.f32" in text
 
     @pytest.mark.parametrize("source", ["broken_kernels.cu", "language_kernels.cu"])
     def test_kernels_of_the_shims_tests_are_cuda(tmp_path, source):

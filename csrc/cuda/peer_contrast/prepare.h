@@ -1,6 +1,7 @@
 // What both passes of peer_contrast begin with: embeddings in whole tiles, classes of the labels.
 #pragma once
 
+#include "cuda/instructions.h"
 #include "cuda/peer_contrast/plan.h"
 
 namespace pyext::peer_contrast {
@@ -58,8 +59,8 @@ struct Exponents {
 
   // Both exponentials of a similarity that needs no shift.
   __device__ __forceinline__ void unshifted(float x, float& hard_exponential, float& soft_exponential) const {
-    soft_exponential = exp2f(x * soft);
-    hard_exponential = cube ? soft_exponential * soft_exponential * soft_exponential : exp2f(x * hard);
+    soft_exponential = exp2_flushed(x * soft);
+    hard_exponential = cube ? soft_exponential * soft_exponential * soft_exponential : exp2_flushed(x * hard);
   }
 };
 

@@ -6,8 +6,10 @@
 #include <cuda_runtime.h>
 
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "cuda/mma.h"
 
@@ -65,6 +67,11 @@ void load_matrices(uint32_t (&x)[4], const void* row) {
     }
     std::memcpy(&x[m], pair, sizeof(pair));
   }
+}
+
+inline float exp2_flushed(float x) {
+  const float power = std::exp2(x);
+  return power < std::numeric_limits<float>::min() ? 0.f : power;
 }
 
 struct alignas(16) SixteenBytes {
