@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from pyext.nn.bn_relu_conv2d import computes_the_operator, trains_faster
 from pyext.nn.dense_training import train_dense_block
 from pyext.nn.hooks import has_forward_hooks
 from pyext.nn.memory_format import is_channels_last, to_torch_format
+
+fx.wrap("to_torch_format")  # one node of a trace: torch.fx cannot look into a comparison of devices
 
 _CELLS = (("norm1", "relu1", "conv1"), ("norm2", "relu2", "conv2"))
 
@@ -133,7 +135,7 @@ class DenseBlock(nn.Module):
 
     def _fused_cells(self, x: Tensor) -> list[list[tuple[Any, Any]]] | None:
         """The layers' cells where the block trains as a whole and that is faster."""
-        if not _trains_whole(x) or not self._modules:
+        if not self.training or not self._modules or not _trains_whole(x):
             return None
         found = []
         channels = x.shape[1]
