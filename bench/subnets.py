@@ -71,7 +71,7 @@ def trained(data: ImageData, epochs: int, seed: int, path: Path) -> nn.Module:
             loss.backward()
             optimizer.step()
         schedule.step()
-        print(f"epoch {epoch + 1}: loss {float(loss):.4f}", flush=True)
+        print(f"epoch {epoch + 1}: loss {loss.item():.4f}", flush=True)
     atomic_save(path, network.state_dict())
     return network.eval()
 

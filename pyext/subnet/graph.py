@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 
 from pyext.models.backbone import checked_images
 
@@ -131,10 +130,29 @@ def plan(model: nn.Module, input_shape: tuple[int, ...]) -> Plan:
         except Exception as error:  # a network's own code runs under the tracer, so anything can be raised
             name = type(model).__name__
             raise UnsupportedNetwork(f"plan: torch.fx cannot trace {name}: {str(error).splitlines()[0]}") from error
-        like = next(model.parameters(), torch.empty(0))
+        like, shapes = next(model.parameters(), torch.empty(0)), _Shapes(traced)
         with torch.no_grad():
-            ShapeProp(traced).propagate(torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device))
-    return _Follower(traced, tuple(input_shape)).plan()
+            shapes.run(torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device))
+    return _Follower(traced, tuple(input_shape), shapes.found).plan()
+
+
+class _Shapes(fx.Interpreter):
+    """Runs a network and notes the shape, without the batch, of every tensor."""
+
+    def __init__(self, module: fx.GraphModule):
+        super().__init__(module)
+        self.found: dict[fx.Node, tuple[int, ...]] = {}
+        self.extra_traceback = False
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The value of `n`; UnsupportedNetwork where it cannot be had."""
+        try:
+            value = super().run_node(n)
+        except Exception as error:  # whatever the network raises for images of this shape
+            raise UnsupportedNetwork(f"plan: node {n.name} fails: {str(error).splitlines()[0]}") from error
+        if isinstance(value, Tensor):
+            self.found[n] = tuple(value.shape[1:])
+        return value
 
 
 @dataclass
@@ -167,8 +185,8 @@ class _Groups:
 class _Follower:
     """Follows the channels through one graph."""
 
-    def __init__(self, module: fx.GraphModule, input_shape: tuple[int, ...]):
-        self.module, self.input_shape = module, input_shape
+    def __init__(self, module: fx.GraphModule, input_shape: tuple[int, ...], shapes: dict[fx.Node, tuple[int, ...]]):
+        self.module, self.input_shape, self.shapes = module, input_shape, shapes
         self.groups = _Groups()
         self.channels: dict[fx.Node, np.ndarray] = {}
         self.fixed: list[np.ndarray] = []
@@ -176,11 +194,10 @@ class _Follower:
 
     def plan(self) -> Plan:
         graph, classes = self.module.graph, np.empty(0, dtype=np.int64)
-        shapes = {node.name: shape for node in graph.nodes if (shape := _shape(node)) is not None}
         for node in graph.nodes:
             if node.op == "output":
                 classes = self._classes(node)
-            elif node.name in shapes:
+            elif node in self.shapes:
                 self.channels[node] = self._follow(node)
         numbers = self.groups.numbered()
         channels = {node.name: numbers[ids] for node, ids in self.channels.items()}
@@ -188,12 +205,13 @@ class _Follower:
         for ids in self.fixed:
             fixed[numbers[ids]] = True
         fixed[numbers[classes]] = False
+        shapes = {node.name: shape for node, shape in self.shapes.items()}
         gates = self._gates(set(numbers[classes].tolist()), channels)
         return Plan(self.module, channels, shapes, gates, numbers[classes], fixed, self.input_shape)
 
     def _classes(self, output: fx.Node) -> np.ndarray:
         logits = output.args[0]
-        shape = _shape(logits) if isinstance(logits, fx.Node) else None
+        shape = self.shapes.get(logits) if isinstance(logits, fx.Node) else None
         if shape is None or len(shape) != 1:
             raise UnsupportedNetwork(f"plan: the network returns {shape or 'several values'}, expected logits (N, K)")
         found = self.channels[logits]  # type: ignore[index]
@@ -275,13 +293,13 @@ class _Follower:
     def _concatenated(self, node: fx.Node) -> np.ndarray:
         dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
         tensors: Any = node.args[0] if node.args else node.kwargs["tensors"]
-        rank = len(_shape(node) or ()) + 1
+        rank = len(self.shapes[node]) + 1
         if dim not in (1, 1 - rank):
             raise self._unsupported(node, f"a concatenation over dimension {dim}, expected the channels (1)")
         return np.concatenate([self.channels[tensor] for tensor in tensors])
 
     def _flattened(self, node: fx.Node) -> np.ndarray:
-        channels, shape = self._input(node), _shape(node) or ()
+        channels, shape = self._input(node), self.shapes[node]
         if len(shape) != 1 or shape[0] % len(channels):
             raise self._unsupported(node, f"a reshape to (N, {', '.join(map(str, shape))}), expected (N, features)")
         return np.repeat(channels, shape[0] // len(channels))
@@ -369,10 +387,3 @@ def _name(node: fx.Node) -> str:
 
 def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def _shape(node: fx.Node) -> tuple[int, ...] | None:
-    """The shape of the tensor that `node` gives, without the batch; None for another value."""
-    found = node.meta.get("tensor_meta")
-    shape = getattr(found, "shape", None)
-    return None if shape is None or not issubclass(node.meta.get("type", Tensor), Tensor) else tuple(shape[1:])
