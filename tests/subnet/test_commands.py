@@ -23,7 +23,9 @@ def run(tmp_path_factory):
     export(folder / "model.safetensors", resnet32(10), Card.of("resnet32", load_data("digits", None, 8)))
     for i in range(2):
         output = ["--output", str(folder / f"atlas{i}.safetensors"), "--picture", str(folder / "atlas.png")]
-        assert cli.main(["dissect", str(folder), "--steps", "1", "--shard", f"{i}/2", *output]) == 0
+        assert (
+            cli.main(["dissect", str(folder), "--steps", "1", "--batch-size", "720", "--shard", f"{i}/2", *output]) == 0
+        )
     return folder
 
 
