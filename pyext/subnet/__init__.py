@@ -8,6 +8,7 @@ small = subnet.materialize()
 from pyext.subnet.atlas import Atlas, AtlasError, fingerprint
 from pyext.subnet.dissection import dissect
 from pyext.subnet.graph import Plan, UnsupportedNetwork, plan
+from pyext.subnet.materialize import recalibrate
 from pyext.subnet.subnet import Subnet, Summary, reconstruct
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "dissect",
     "fingerprint",
     "plan",
+    "recalibrate",
     "reconstruct",
 ]

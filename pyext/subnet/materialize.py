@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -130,3 +130,37 @@ def _small_norm(norm: nn.BatchNorm2d, outputs: Tensor) -> nn.BatchNorm2d:
     for name, tensor in norm.state_dict().items():
         small.get_buffer(name).copy_(tensor) if tensor.dim() == 0 else getattr(small, name).copy_(tensor[outputs])
     return small
+
+
+@torch.no_grad()
+def recalibrate(module: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
+    """Measure anew the running statistics of every BatchNorm2d of `module`, and return it in eval mode.
+
+    A sub-network's maps have other means and variances than the whole network's, whose statistics it starts with. No
+    weight is changed. Meant for `Subnet.materialize()`: on a shared network it would change the network's statistics.
+
+    Args:
+        module: a network with batch norm that tracks statistics.
+        batches: images (N, C, H, W) of the sub-task; each batch counts alike.
+
+    Raises:
+        ValueError: no batch, or no batch norm that tracks statistics.
+    """
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None]
+    if not norms:
+        raise ValueError("recalibrate: module has no batch norm with running statistics")
+    momenta, count = [norm.momentum for norm in norms], 0
+    module.eval()
+    for images in batches:
+        if count == 0:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # the plain mean over the batches
+                norm.train()
+        module(images)
+        count += 1
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    if count == 0:
+        raise ValueError("recalibrate: batches has no batch")
+    return module.eval()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from networks import CLASSES, NETWORKS, Zeroed, drawn_atlas, network
 from torch import nn
 
-from pyext.subnet import AtlasError, UnsupportedNetwork, plan, reconstruct
+from pyext.subnet import AtlasError, UnsupportedNetwork, plan, recalibrate, reconstruct
 
 CASES = {}
 
@@ -132,6 +132,23 @@ def test_training_a_subnet_moves_the_kept_weights_and_statistics_of_the_network_
         if isinstance(layer, nn.BatchNorm2d):
             close(layer.running_var[rows], small.get_submodule(node.target).running_var)
             assert torch.equal(layer.running_var[~rows], before[f"{node.target}.running_var"][~rows])
+
+
+def test_recalibrating_measures_the_statistics_anew_and_nothing_else():
+    model, shape = network("resnet8")
+    small = reconstruct(model, drawn_atlas(model, shape), [0, 4], keep=0.3).materialize()
+    before, batches = copy.deepcopy(small.state_dict()), torch.randn(3, 4, *shape, dtype=torch.float64)
+    assert recalibrate(small, batches) is small
+    assert not any(module.training for module in small.modules())
+    maps = torch.stack([small.features.conv1(x).mean((0, 2, 3)) for x in batches])
+    close(small.features.bn1.running_mean, maps.mean(0).detach())
+    assert small.features.bn1.momentum == 0.1
+    changed = {name for name, value in small.state_dict().items() if not torch.equal(value, before[name])}
+    assert {name.rsplit(".", 1)[1] for name in changed} == {"running_mean", "running_var", "num_batches_tracked"}
+    with pytest.raises(ValueError, match="batches has no batch"):
+        recalibrate(small, [])
+    with pytest.raises(ValueError, match="no batch norm"):
+        recalibrate(nn.Linear(2, 2), batches)
 
 
 def test_state_dict_is_the_networks_and_a_copy_is_independent():
