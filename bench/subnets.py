@@ -299,7 +299,8 @@ There, on pairs, the atlas is against {pairs}.
 
 ## Speed of dissection
 
-The same network, 30 steps, {saved["speed"]["threads"]} thread(s), contenders in turn, medians, other programs running.
+The same network, 30 steps, {saved["speed"]["threads"]} thread(s), contenders in turn, medians.
+Other programs ran and runs differ much: these ratios must be measured again on a quiet machine.
 Ratios are to the published form (image after image; it computes the weights' gradients and does not use them) and to
 the same loop with frozen weights. All find the same gates (float64, 1e-9).
 
