@@ -13,11 +13,11 @@ from pyext import _library  # noqa: F401  (registers the compiled operators)
 from pyext._backend import OPERATORS, BackendError, backend
 
 # isort: split
-from pyext import distill, models, nn, ops
+from pyext import distill, models, nn, ops, subnet
 from pyext.accelerate import accelerate, explain_model
 
 __version__ = "0.1.0"
-__all__ = ["BackendError", "accelerate", "backend", "distill", "explain", "models", "nn", "ops"]
+__all__ = ["BackendError", "accelerate", "backend", "distill", "explain", "models", "nn", "ops", "subnet"]
 
 
 def explain(subject: Any, *args: Any) -> str:

@@ -1,4 +1,4 @@
-"""The `pyext` command: train, eval, predict, demo, doctor."""
+"""The `pyext` command: train, eval, predict, dissect, reconstruct, demo, doctor."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
+
+from pyext import cli_subnet as subnet_commands
 
 _TRAIN_HELP = """
 hcgnet: defaults are the paper's recipe for CIFAR (SGD with Nesterov momentum, cosine restarts, mixup, DropBlock); with
@@ -82,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_eval(commands)
     _add_few_shot(commands)
     _add_predict(commands)
+    subnet_commands.add(commands)
     demo = commands.add_parser("demo", help="train a small HCGNet with plain torch and with pyext, and compare")
     demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for logs and plot (%(default)s)")
     demo.add_argument("--epochs", type=_positive, default=10, help="epochs of each training (%(default)s)")
@@ -161,6 +164,7 @@ def _add_eval(commands: Any) -> None:
     _add_data(evaluate, default=None)
     evaluate.add_argument("--batch-size", type=_positive, default=128)
     evaluate.add_argument("--workers", type=_count, default=0)
+    subnet_commands.add_to_eval(evaluate)
     evaluate.set_defaults(run=_eval)
 
 
@@ -274,6 +278,9 @@ def _eval(options: argparse.Namespace) -> None:
     from pyext.train import evaluation
     from pyext.train.networks import kernels
 
+    if subnet_commands.asked(options):
+        subnet_commands.evaluate(options)
+        return
     device = evaluation.choose_device(options.device)
     network, card = evaluation.open_network(options.checkpoint, options.arch, options.data, options.data_dir)
     images = evaluation.held_out(card, options.data, options.data_dir)

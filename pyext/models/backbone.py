@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+
+
+@fx.wrap  # one node of a trace: torch.fx cannot look into a comparison of shapes
+def checked_images(x: Tensor, in_channels: int, name: str) -> Tensor:
+    """`x`, or ValueError in the name of the network where it is not (N, in_channels, H, W)."""
+    if x.dim() != 4 or x.shape[1] != in_channels:
+        raise ValueError(f"{name}: input has shape {tuple(x.shape)}, expected (N, {in_channels}, H, W)")
+    return x
 
 
 class Backbone(nn.Module):
@@ -33,11 +41,7 @@ class Backbone(nn.Module):
 
     def prepare(self, x: Tensor) -> Tensor:
         """Images as the first stage takes them; ValueError where they are not (N, in_channels, H, W)."""
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(
-                f"{type(self).__name__}: input has shape {tuple(x.shape)}, expected (N, {self.in_channels}, H, W)"
-            )
-        return x
+        return checked_images(x, self.in_channels, type(self).__name__)
 
     def pool(self, maps: Tensor) -> Tensor:
         """(N, num_features) from the last stage's maps: their mean over positions."""
