@@ -45,7 +45,7 @@ _CHANNELWISE_MODULES = (
 _CHANNELWISE = {
     *("relu", "relu_", "relu6", "leaky_relu", "elu", "silu", "gelu", "hardswish", "hardsigmoid", "hardtanh", "sigmoid"),
     *("tanh", "dropout", "dropout2d", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "contiguous", "clone"),
-    *("checked_images",),
+    *("checked_images", "to_torch_format"),
 }
 _PAIRWISE = {"add", "add_", "iadd", "sub", "mul", "mul_", "imul"}
 _CONCATENATIONS = {"cat", "concat"}
