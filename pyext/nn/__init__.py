@@ -5,6 +5,7 @@ from pyext.nn.densenet import DenseBlock, DenseLayer
 from pyext.nn.distillation import EnsembleDistillation, MutualDistillation
 from pyext.nn.drop_block import DropBlock2d, drop_block_probability, set_drop_block_epoch
 from pyext.nn.hcgnet import SMG, GatedExcitation, HybridBlock, Transition
+from pyext.nn.lean import set_memory
 from pyext.nn.memory_contrast import MemoryContrast
 from pyext.nn.peer_contrast import PeerContrast
 
@@ -24,4 +25,5 @@ __all__ = [
     "Transition",
     "drop_block_probability",
     "set_drop_block_epoch",
+    "set_memory",
 ]

@@ -1,7 +1,8 @@
 """Training of DenseNet's blocks as a whole: one buffer, statistics once per channel, one gradient buffer.
 
 As in `pyext.nn.hybrid_training`, with layers of one or two BN-ReLU-convolution cells and no gates. Kept for the
-gradient are the buffer and of each bottleneck layer the map between its convolutions: nothing that is normalised.
+gradient are the buffer and of each bottleneck layer the map between its convolutions: nothing that is normalised. With
+memory "lean" that map is computed from the buffer again, bit for bit.
 
 Source: arXiv 1707.06990 (memory-efficient implementation of DenseNets).
 """
@@ -30,6 +31,7 @@ class _Plan(NamedTuple):
     """Cells of each layer, one or two."""
     eps: tuple[float, ...]
     """Of each cell's normalisation."""
+    lean: bool
 
     def places(self) -> list[tuple[int, int]]:
         """The first and the last cell of each layer, one where they are the same."""
@@ -37,12 +39,13 @@ class _Plan(NamedTuple):
         return [(end - count, end - 1) for end, count in zip(ends, self.layers, strict=True)]
 
 
-def train_dense_block(cells: Sequence[Sequence[tuple[Any, Any]]], x: Tensor) -> Tensor:
+def train_dense_block(cells: Sequence[Sequence[tuple[Any, Any]]], x: Tensor, memory: str = "fast") -> Tensor:
     """x (N, C, H, W) with the channels behind it that layers of `cells`, pairs (BatchNorm2d, Conv2d), add to it in
     training mode; differentiable once. Running statistics are moved as torch's. The memory format is kept.
+    `memory`: see `pyext.nn.set_memory`.
     """
     norms, convolutions = zip(*(cell for layer in cells for cell in layer), strict=True)
-    plan = _Plan(tuple(map(len, cells)), tuple(norm.eps for norm in norms))
+    plan = _Plan(tuple(map(len, cells)), tuple(norm.eps for norm in norms), memory == "lean")
     pairs = zip(norms, convolutions, strict=True)
     parameters = [tensor for norm, conv in pairs for tensor in (norm.weight, norm.bias, conv.weight)]
     result = _Block.apply(norms, plan, x, *parameters)
@@ -75,7 +78,7 @@ class _Block(torch.autograd.Function):
             out = cells[first].run(buffer[:, :channels], *used[-1], plan.eps[first])
             if last > first:
                 used.append(_OPS.bn_relu_conv2d_statistics(out))
-                squeezed += [out, *used[-1]]
+                squeezed += [] if plan.lean else [out, *used[-1]]
                 out = cells[last].run(out, *used[-1], plan.eps[last])
             buffer[:, channels : channels + added] = out
             channels += added
@@ -98,12 +101,15 @@ class _Block(torch.autograd.Function):
         channels = buffer.shape[1]
         for first, last in reversed(plan.places()):
             end, channels = channels, channels - cells[last].conv_weight.shape[0]
-            above = grad[:, channels:end]
+            above, known = grad[:, channels:end], (moments[0, :channels], moments[1, :channels])
             if last > first:
-                *squeezed, x, mean, var = squeezed
+                if plan.lean:
+                    x = cells[first].run(buffer[:, :channels], *known, plan.eps[first])
+                    mean, var = _OPS.bn_relu_conv2d_statistics(x)
+                else:
+                    *squeezed, x, mean, var = squeezed
                 above, *own = cells[last].gradients(above, x, mean, var, plan.eps[last])
                 grads = [*own, *grads]
-            known = moments[0, :channels], moments[1, :channels]
             below, *own = cells[first].gradients(above, buffer[:, :channels], *known, plan.eps[first])
             grad[:, :channels] += below
             grads = [*own, *grads]

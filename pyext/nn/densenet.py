@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from pyext.nn.bn_relu_conv2d import computes_the_operator, trains_faster
 from pyext.nn.dense_training import train_dense_block
 from pyext.nn.hooks import has_forward_hooks
+from pyext.nn.lean import KeepsForBackward, checked_memory
 from pyext.nn.memory_format import is_channels_last, to_torch_format
 
 fx.wrap("to_torch_format")  # one node of a trace: torch.fx cannot look into a comparison of devices
@@ -93,13 +94,14 @@ class DenseLayer(nn.Module):
         return f"drop_rate={self.drop_rate}" if self.drop_rate else ""
 
 
-class DenseBlock(nn.Module):
+class DenseBlock(KeepsForBackward, nn.Module):
     """`num_layers` dense layers, each reading all channels before it; trained on the CPU as a whole.
 
     Args:
         num_layers: number of layers; they are named ``denselayer1`` and on.
         in_channels: channels of the input.
         growth_rate, bn_size, drop_rate: as in `DenseLayer`.
+        memory: what is kept for the backward pass, ``"fast"`` or ``"lean"`` (`pyext.nn.set_memory`).
 
     Shape: (N, in_channels, H, W) to (N, in_channels + num_layers * growth_rate, H, W).
 
@@ -114,10 +116,12 @@ class DenseBlock(nn.Module):
         bn_size: int = 4,
         drop_rate: float = 0.0,
         *,
+        memory: str = "fast",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.memory = checked_memory(memory, "DenseBlock")
         for i in range(num_layers):
             channels = in_channels + i * growth_rate
             layer = DenseLayer(channels, growth_rate, bn_size, drop_rate, device=device, dtype=dtype)
@@ -126,7 +130,7 @@ class DenseBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         cells = self._fused_cells(x)
         if cells is not None:
-            return train_dense_block(cells, x)
+            return train_dense_block(cells, x, self.memory)
         features = [to_torch_format(x)]
         for layer in self._modules.values():
             assert layer is not None

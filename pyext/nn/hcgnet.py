@@ -17,6 +17,7 @@ from pyext.nn.drop_block import DropBlock2d
 from pyext.nn.hooks import has_forward_hooks
 from pyext.nn.hybrid_inference import layers_of, run_block
 from pyext.nn.hybrid_training import train_block
+from pyext.nn.lean import KeepsForBackward, checked_memory
 from pyext.nn.memory_format import memory_format_of, to_convolution_format
 from pyext.ops.gated_excitation import gated_excitation
 
@@ -308,7 +309,7 @@ def _empty_map(x: Tensor, channels: int) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
 
 
-class HybridBlock(nn.Sequential):
+class HybridBlock(KeepsForBackward, nn.Sequential):
     """Densely connected SMG modules ``SMG1`` to ``SMG<num_layers>``, each reading all channels before it.
 
     Args:
@@ -316,6 +317,7 @@ class HybridBlock(nn.Sequential):
         in_channels: channels of the input.
         bn_size: squeeze width over growth rate, as in `SMG`.
         growth_rate: channels that each module adds.
+        memory: what is kept for the backward pass, ``"fast"`` or ``"lean"`` (`pyext.nn.set_memory`).
 
     Shape: (N, in_channels, H, W) to (N, in_channels + num_layers * growth_rate, H, W), in the input's memory
     format where the whole block runs as the operator `hybrid_block` at inference or by
@@ -335,10 +337,12 @@ class HybridBlock(nn.Sequential):
         bn_size: float,
         growth_rate: int,
         *,
+        memory: str = "fast",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.memory = checked_memory(memory, "HybridBlock")
         for i in range(num_layers):
             layer = SMG(in_channels + growth_rate * i, growth_rate, bn_size, device=device, dtype=dtype)
             self.add_module(f"SMG{i + 1}", layer)
@@ -347,7 +351,8 @@ class HybridBlock(nn.Sequential):
         first: Any = next(iter(self._modules.values()), None)
         if type(first) is SMG:
             _check_map(first, x, first.in_channels)
-        result = train_block(layers_of(self), x) if torch.is_grad_enabled() else run_block(self, x)
+        trains = torch.is_grad_enabled()
+        result = train_block(layers_of(self), x, self.memory) if trains else run_block(self, x)
         if result is not None:
             return result
         x = to_convolution_format(x)

@@ -4,6 +4,7 @@ All modules of a block read prefixes of one buffer (N, C + modules * growth, H, 
 are computed once, when it is written, and serve every later normalisation; each still moves its own running statistics.
 The backward pass adds the modules' gradients up in one buffer of the same shape. Kept for it are the buffer, and of
 each module the map between its two convolutions, the gates' input and what the gates keep: nothing that is normalised.
+With memory "lean" all but the buffer is computed from it again, bit for bit.
 
 Source: HCGNet, arXiv 1908.09699, section 3; memory: arXiv 1707.06990.
 """
@@ -38,10 +39,10 @@ def _cell(tensors: Sequence[Tensor], first: int) -> Cell:
     return Cell(tensors[first], tensors[first + 1], tensors[first + 4])
 
 
-def train_block(layers: Sequence[Any], x: Tensor) -> Tensor | None:
+def train_block(layers: Sequence[Any], x: Tensor, memory: str = "fast") -> Tensor | None:
     """What `layers`, SMG modules, make of x (N, C, H, W) in training, differentiable once; None where they do not say
     what the block computes (hooks, replaced submodules, modules of different widths), where it would not be faster, or
-    for another device or dtype. The memory format is kept; NCHW is faster.
+    for another device or dtype. The memory format is kept; NCHW is faster. `memory`: see `pyext.nn.set_memory`.
     """
     if not trains_on_the_cpu(x) or not are_block(layers, 1, training=True):
         return None
@@ -51,7 +52,7 @@ def train_block(layers: Sequence[Any], x: Tensor) -> Tensor | None:
     if not CONVOLUTION.has_kernel(x) or not GATES.has_kernel(x) or 0 in x.shape:
         return None
     gate = layers[0]._modules["bn_forget"]
-    result = _Block.apply(extents_of(tensors, 1, True), gate.eps, gate.momentum, x, *tensors)
+    result = _Block.apply(extents_of(tensors, 1, True), gate.eps, gate.momentum, memory == "lean", x, *tensors)
     norms = [m for layer in layers for m in layer.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     counts: list[Any] = [norm.num_batches_tracked for norm in norms]
     torch._foreach_add_(counts, 1)
@@ -60,7 +61,9 @@ def train_block(layers: Sequence[Any], x: Tensor) -> Tensor | None:
 
 class _Block(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, extents: Extents, eps: float, momentum: float, x: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, extents: Extents, eps: float, momentum: float, lean: bool, x: Tensor, *tensors: Tensor
+    ) -> Tensor:
         n, channels, height, width = x.shape
         total = channels + extents.modules * extents.growth
         buffer = x.new_empty((n, total, height, width))
@@ -71,14 +74,16 @@ class _Block(torch.autograd.Function):
         for module in range(extents.modules):
             own = tensors[module * len(TENSORS) : (module + 1) * len(TENSORS)]
             end = channels + extents.growth
-            saved += _run_module(buffer, moments, channels, own, extents, eps, momentum)
+            buffer[:, channels:end], kept = _compute_module(buffer, moments, channels, own, extents, eps)
+            _move_running(own, moments[:, :channels], kept, momentum, extents)
+            saved += [] if lean else kept
             if module + 1 < extents.modules:
                 note_moments(moments, buffer, channels, end)
             channels = end
         ctx.extents, ctx.eps, ctx.channels = extents, eps, x.shape[1]
         # Not the running statistics: the next forward pass moves them, and may come before this one's backward.
-        kept = [None if i % len(TENSORS) in _STATISTICS else tensor for i, tensor in enumerate(tensors)]
-        ctx.save_for_backward(buffer, moments, *kept, *saved)
+        parameters = [None if i % len(TENSORS) in _STATISTICS else tensor for i, tensor in enumerate(tensors)]
+        ctx.save_for_backward(buffer, moments, *parameters, *saved)
         return buffer
 
     @staticmethod
@@ -94,49 +99,38 @@ class _Block(torch.autograd.Function):
             channels = ctx.channels + module * extents.growth
             first = module * len(TENSORS)
             own, kept = tensors[first : first + len(TENSORS)], saved[module * _SAVED : (module + 1) * _SAVED]
+            if not saved:
+                _, kept = _compute_module(buffer, moments, channels, own, extents, ctx.eps)
             for place, value in _module_backward(grad, buffer, moments, channels, own, kept, extents, ctx.eps).items():
                 grads[first + place] = value
-        return None, None, None, grad[:, : ctx.channels], *grads
+        return None, None, None, None, grad[:, : ctx.channels], *grads
 
 
-def _run_module(
-    buffer: Tensor,
-    moments: Tensor,
-    channels: int,
-    tensors: Sequence[Tensor],
-    extents: Extents,
-    eps: float,
-    momentum: float,
-) -> list[Tensor]:
-    """Write the module's channels behind the first `channels` of the buffer; returns what its gradient needs."""
+def _compute_module(
+    buffer: Tensor, moments: Tensor, channels: int, tensors: Sequence[Tensor], extents: Extents, eps: float
+) -> tuple[Tensor, list[Tensor]]:
+    """What the module makes of the first `channels` of the buffer, and what its gradient needs (`_SAVED` tensors)."""
     mean, var = moments[0, :channels], moments[1, :channels]
     squeezed = _cell(tensors, 0).run(buffer[:, :channels], mean, var, eps)
     squeezed_moments: tuple[Tensor, Tensor] = _OPS.bn_relu_conv2d_statistics(squeezed)
     u = _cell(tensors, 5).run(squeezed, *squeezed_moments, eps, extents.groups)
     out, *gates = _OPS.gated_excitation(u, list(tensors[_GATES]), [], True, eps, True)
-    buffer[:, channels : channels + extents.growth] = out
-    _move_running(tensors, (mean, var), squeezed_moments, gates[-2:], u, momentum, extents)
-    return [squeezed, *squeezed_moments, u, *gates]
+    return out, [squeezed, *squeezed_moments, u, *gates]
 
 
 def _move_running(
-    tensors: Sequence[Tensor],
-    moments: tuple[Tensor, Tensor],
-    squeezed: tuple[Tensor, Tensor],
-    gates: Sequence[Tensor],
-    u: Tensor,
-    momentum: float,
-    extents: Extents,
+    tensors: Sequence[Tensor], moments: Tensor, kept: Sequence[Tensor], momentum: float, extents: Extents
 ) -> None:
     """Move all running statistics of a module as torch's batch normalisation does."""
+    _, squeezed_mean, squeezed_var, u, *gates = kept
     n, positions = u.shape[0], u.shape[0] * u.shape[2] * u.shape[3]
     spatial, vectors = positions / (positions - 1), n / (n - 1)
-    (mean, var), (hidden_mean, hidden_var) = gates
+    (mean, var), (hidden_mean, hidden_var) = gates[-2:]
     split = (extents.forget, extents.attention)
     forget_mean, attention_mean = hidden_mean.split(split)
     forget_var, attention_var = (hidden_var * vectors).split(split)
-    old, new = [*tensors[2:4], *tensors[7:9]], [moments[0], moments[1] * spatial, squeezed[0], squeezed[1] * spatial]
-    old += tensors[_GATES.stop :]
+    old = [*tensors[2:4], *tensors[7:9], *tensors[_GATES.stop :]]
+    new = [moments[0], moments[1] * spatial, squeezed_mean, squeezed_var * spatial]
     new += [mean, var * spatial] * 2 + [attention_mean, attention_var, forget_mean, forget_var]
     move_running(old, new, momentum)
 
