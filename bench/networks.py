@@ -25,6 +25,7 @@ from bench.peers import (
 )
 from bench.roofs import Work
 from pyext.accelerate import accelerate
+from pyext.nn import set_memory
 
 _DISTINCT = 8
 _GRADIENT_DISTANCE = 0.2
@@ -63,6 +64,7 @@ class Network:
 
 MODELS: dict[str, Callable[[Network], nn.Module]] = {
     "pyext": Network.pyext,
+    "pyext-lean": lambda network: set_memory(network.pyext(), "lean"),
     "accelerate": lambda network: accelerate(network.plain()),
     "eager": Network.plain,
     "torch.compile": Network.plain,
@@ -168,13 +170,15 @@ class Setup:
 
     def contenders(self, peers: str) -> list[Contender]:
         """pyext's, eager in both memory formats, and those that the words of `peers` name."""
-        ours = self.network.ours
-        kinds = [*ours, *("eager" + suffix for suffix in FORMATS), *["torch.compile"] * ("compile" in peers)]
-        if (
-            self.device.type == "cuda" and "accelerate channels_last" not in kinds
-        ):  # where pyext leaves the memory format to the caller
-            kinds.insert(len(ours), "accelerate channels_last")
-        found = [Contender(kind, functools.partial(self.build, kind), kind.split()[0] in OURS) for kind in kinds]
+        on_gpu = self.device.type == "cuda"
+        ours = list(self.network.ours)
+        if self.training and "pyext" in ours and not on_gpu:  # where blocks train as a whole
+            ours.append("pyext-lean")
+        if on_gpu and "accelerate channels_last" not in ours:  # where pyext leaves the memory format to the caller
+            ours.append("accelerate channels_last")
+        peer_kinds = [*("eager" + suffix for suffix in FORMATS), *["torch.compile"] * ("compile" in peers)]
+        found = [Contender(kind, functools.partial(self.build, kind), True) for kind in ours]
+        found += [Contender(kind, functools.partial(self.build, kind)) for kind in peer_kinds]
         if "engines" in peers and self.device.type == "cpu":
             absent = missing_engines()
             engines = [name for name in INFERENCE_ENGINES if name not in absent]
