@@ -300,7 +300,7 @@ There, on pairs, the atlas is against {pairs}.
 ## Speed of dissection
 
 The same network, 30 steps, {saved["speed"]["threads"]} thread(s), contenders in turn, medians.
-Other programs ran and runs differ much: these ratios must be measured again on a quiet machine.
+Where other programs run, ratios of 10 to 20 were seen, since the loop suffers more; this table is of a quiet machine.
 Ratios are to the published form (image after image; it computes the weights' gradients and does not use them) and to
 the same loop with frozen weights. All find the same gates (float64, 1e-9).
 
