@@ -3,6 +3,7 @@
 from pyext.ops.bn_relu_conv2d import bn_relu_conv2d
 from pyext.ops.gated_excitation import gated_excitation
 from pyext.ops.hybrid_block import hybrid_block
+from pyext.ops.masked_conv2d import masked_conv2d, masked_linear, pack_masked_conv2d
 from pyext.ops.memory_contrast import memory_contrast
 from pyext.ops.memory_update import memory_update
 from pyext.ops.peer_contrast import PeerContrastTerms, peer_contrast
@@ -13,8 +14,11 @@ __all__ = [
     "bn_relu_conv2d",
     "gated_excitation",
     "hybrid_block",
+    "masked_conv2d",
+    "masked_linear",
     "memory_contrast",
     "memory_update",
+    "pack_masked_conv2d",
     "peer_contrast",
     "sample_negatives",
 ]
