@@ -207,7 +207,10 @@ class Gated(fx.Interpreter):
         """The value of `n`, times its gates where it has some."""
         value = super().run_node(n)
         layer = self.layer_of.get(n.name)
-        return value if layer is None else value * self.gates[layer][:, :, None, None]
+        if layer is None:
+            return value
+        gates = self.gates[layer]
+        return value * gates.view(*gates.shape, *[1] * (value.dim() - 2))
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import fx, nn
 
-from pyext.subnet.graph import Plan
+from pyext.subnet.graph import NORMS, Layer, Plan
 
 
 @dataclass(frozen=True)
@@ -128,12 +128,10 @@ def costs(plan: Plan, groups: np.ndarray) -> list[LayerCost]:
     return rows
 
 
-def _weights(
-    plan: Plan, node: fx.Node, layer: nn.Conv2d | nn.Linear | nn.BatchNorm2d, groups: np.ndarray
-) -> tuple[int, int]:
+def _weights(plan: Plan, node: fx.Node, layer: Layer, groups: np.ndarray) -> tuple[int, int]:
     """Parameters of `layer`, and products per position."""
     outputs = groups[plan.channels[node.name]]
-    if isinstance(layer, nn.BatchNorm2d):
+    if isinstance(layer, NORMS):
         return (2 * int(outputs.sum()) if layer.affine else 0), 0
     inputs = groups[plan.inputs(node)]
     bias = int(outputs.sum()) if layer.bias is not None else 0

@@ -51,7 +51,7 @@ def test_gates_are_those_of_the_published_loop():
         assert torch.equal(gated.logits(images, found).argmax(1), model(images).argmax(1))
 
 
-@pytest.mark.parametrize("name", ["resnet8", "mobilenet_v2", "densenet10", "mixed"])
+@pytest.mark.parametrize("name", ["resnet8", "mobilenet_v2", "densenet10", "mixed", "hcgnet"])
 def test_gate_gradient_is_the_derivative_and_gates_of_one_change_nothing(name):
     model, shape = network(name)
     gated, x = Gated(plan(model, shape)), torch.randn(2, *shape, dtype=torch.float64)
