@@ -377,12 +377,12 @@ class _Follower:
     def _gate(self, conv: fx.Node) -> fx.Node:
         """Where the gate of `conv` stands: before the activation; on a residual block's output, the addition."""
         gate = conv
-        user = _only_user(gate)
+        user = only_user(gate)
         if user is not None and is_reshape(user) and self.shapes[conv][1:] == (1, 1):
-            user = _only_user(user)
+            user = only_user(user)
         if user is not None and user.op == "call_module" and isinstance(self._called(user), NORMS):
             gate = user
-        user = _only_user(gate)
+        user = only_user(gate)
         if user is not None and user.op in ("call_function", "call_method") and _name(user) in ("add", "add_", "iadd"):
             gate = user
         return gate
@@ -424,5 +424,13 @@ def _name(node: fx.Node) -> str:
     return "checked_images" if node.target is checked_images else getattr(node.target, "__name__", str(node.target))
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
+def calls(module: fx.GraphModule, node: fx.Node, kind: type[nn.Module], name: str) -> bool:
+    """Whether `node` calls a submodule of exactly `kind`, or the function or method `name`."""
+    if node.op == "call_module":
+        return type(module.get_submodule(str(node.target))) is kind
+    return node.op in ("call_function", "call_method") and _name(node) == name
+
+
+def only_user(node: fx.Node) -> fx.Node | None:
+    """The node that reads the value of `node`, if there is just one."""
     return next(iter(node.users)) if len(node.users) == 1 else None
