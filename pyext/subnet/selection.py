@@ -73,7 +73,7 @@ def choose(plan: Plan, group_scores: np.ndarray, classes: np.ndarray, keep: floa
         last = len(values) <= _EXACT or values.min() == values.max()
         levels = _places(values) if last else _levels(values)
         count = 1 + (len(values) if last else _LEVELS)
-        joins = np.where(kept, 0, count)
+        joins = ~kept * count  # a choice between two numbers by `where` takes thrice as long
         joins[undecided] = levels
         sizes = tables.sizes.growing(joins, count)
         fitting = np.count_nonzero(sizes <= budget)
