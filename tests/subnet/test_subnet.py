@@ -253,6 +253,17 @@ def test_unsupported_coupling_names_its_node(function, message):
         plan(Called(function), (3, 8, 8))
 
 
+@pytest.mark.parametrize("name", ["hcgnet", "hcgnet imagenet"])
+def test_plan_is_the_same_without_gradients_and_leaves_the_maps_that_all_channels_share_without_a_gate(name):
+    model, shape, atlas = case(name)
+    with torch.inference_mode():
+        found = plan(model, shape)
+    assert list(found.channels) == list(plan(model, shape).channels)
+    convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    assert atlas.layers == list(found.gates)
+    assert set(convolutions) - set(atlas.layers) == {name for name in convolutions if "context" in name}
+
+
 def test_layers_called_twice_and_shapes_that_are_none_are_refused():
     conv = nn.Conv2d(3, 3, 1)
     twice = nn.Sequential(conv, nn.ReLU(), conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
