@@ -261,7 +261,7 @@ def switching(network: nn.Module, size: int, count: int = 200) -> dict[str, floa
     for pair in list(itertools.combinations(range(classes), 2))[-count:]:
         last = sub.classes
         start = time.perf_counter()
-        scores = selection.scores(sub.plan, selection.combined(atlas, np.array(pair), "max"), "max")
+        scores = selection.class_scores(sub.plan, atlas, np.array(pair), "max")
         scored = time.perf_counter()
         selection.choose(sub.plan, scores, np.array(pair), KEEP, "global")
         chosen = time.perf_counter()

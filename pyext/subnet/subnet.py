@@ -93,8 +93,7 @@ class Subnet(nn.Module):
         self, classes: list[int], keep: float | None, threshold: float | None, scope: str, combine: str
     ) -> tuple[np.ndarray, Compact]:
         chosen = np.array(classes)
-        importance = selection.combined(self.atlas, chosen, combine)
-        scores = selection.scores(self.plan, importance, combine)
+        scores = selection.class_scores(self.plan, self.atlas, chosen, combine)
         if threshold is not None:
             groups = selection.above(self.plan, scores, chosen, threshold)
         else:
