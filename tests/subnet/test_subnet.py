@@ -238,6 +238,8 @@ class Called(nn.Module):
         (lambda net, x: torch.softmax(x, 1), "node softmax is an operation whose channels cannot be followed"),
         (lambda net, x: x.view(-1, 2, 2, 8, 8).flip(2).view(-1, 4, 8, 8), "node view is a reshape to"),
         (lambda net, x: x.mean(1, keepdim=True) * x, "node mean is a mean over 1, expected the positions"),
+        (lambda net, x: x.sum(1, keepdim=True) * x, "node sum_1 is a sum over 1, expected the positions"),
+        (lambda net, x: x[:, :, :, :4] * x.mean((2, 3)), "node mul is arithmetic with tensors of different dim"),
         (lambda net, x: torch.cat([x, x], dim=2), "node cat is a concatenation over dimension 2"),
         (lambda net, x: x[:, [1, 0, 3, 2]], "node getitem is an index into"),
         (lambda net, x: x if x.sum() > 0 else -x, "torch.fx cannot trace Called"),
