@@ -135,9 +135,10 @@ def base(plan: Plan, classes: np.ndarray) -> np.ndarray:
 
 def check_layers(plan: Plan, groups: np.ndarray) -> None:
     """ValueError where `groups` leave a gated layer without channels."""
-    for layer in plan.gates:
-        if not groups[plan.groups_of(layer)].any():
-            raise ValueError(f"reconstruct: layer {layer} is left without channels")
+    tables = _tables(plan)
+    kept = np.logical_or.reduceat(groups[tables.channels], tables.starts)
+    if not kept.all():
+        raise ValueError(f"reconstruct: layer {list(plan.gates)[kept.argmin()]} is left without channels")
 
 
 class _Tables:
