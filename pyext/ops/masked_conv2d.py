@@ -12,7 +12,7 @@ Sources: DRNet (arXiv 1911.08691); the gate is that of critical data routing pat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -394,6 +394,37 @@ class PreparedConv2d:
             )
 
 
+@dataclass(frozen=True)
+class PreparedChain:
+    """Prepared convolutions, each reading the result of the one before, as one call of an operator."""
+
+    tensors: list[Tensor]
+    numbers: list[int]
+
+    @staticmethod
+    def of(layers: Sequence[PreparedConv2d]) -> PreparedChain:
+        """The convolutions in their order."""
+        none = torch.empty(0)
+        tensors = [
+            t
+            for own in layers
+            for t in (
+                own.weight,
+                none if own.scale is None else own.scale,
+                none if own.shift is None else own.shift,
+                own.inputs,
+                own.outputs,
+                own.packed,
+            )
+        ]
+        return PreparedChain(tensors, [n for own in layers for n in (*own.numbers, own.pool)])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The last one's result for x."""
+        with _C._AutoDispatchBelowAutograd():
+            return _OPS.masked_conv2d_chain.default(x, self.tensors, self.numbers)
+
+
 def _differentiated(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
@@ -592,6 +623,15 @@ def _fake_backward(
     return like(x, for_x, x.dtype), like(weight), like(scale), like(shift), like(gate, True)
 
 
+def _fake_chain(x, tensors, numbers):
+    for layer in range(len(tensors) // 6):
+        weight, scale, shift, inputs, outputs, _ = tensors[6 * layer : 6 * layer + 6]
+        *own, pool = numbers[9 * layer : 9 * layer + 9]
+        scale, shift = (tensor if tensor.numel() else None for tensor in (scale, shift))
+        x = _fake(x, weight, scale, shift, inputs, outputs, None, None, own, None, pool)
+    return x
+
+
 def _fake_pack(weight, inputs, outputs, groups):
     size = torch.library.get_ctx().new_dynamic_size()
     return weight.new_empty(size, dtype=accumulate_dtype(weight.dtype))
@@ -614,6 +654,7 @@ def _backward(op, ctx, grad_out):
     return *found[:4], None, None, None, found[4], None, None, None
 
 
+torch.library.register_fake("pyext::masked_conv2d_chain")(_fake_chain)
 torch.library.register_fake("pyext::masked_conv2d_pack")(_fake_pack)
 torch.library.impl("pyext::masked_conv2d_backward", "CPU")(backward)
 register_differentiable("masked_conv2d", _fake, _fake_backward, _setup_context, _backward, variants=("",))

@@ -25,6 +25,7 @@ from pyext.nn.masked import split_padding
 from pyext.ops.masked_conv2d import (
     ACTIVATIONS,
     OPERATOR,
+    PreparedChain,
     PreparedConv2d,
     masked_conv2d,
     masked_linear,
@@ -65,6 +66,23 @@ class Step:
         return str(self.node.args[0])
 
 
+@dataclass(frozen=True)
+class Program:
+    """Steps in their order, some of them together, and by place the values that nothing reads afterwards."""
+
+    steps: list[tuple[Step, ...]]
+    unused: list[list[str]]
+
+    @staticmethod
+    def of(steps: list[tuple[Step, ...]]) -> Program:
+        """The program of `steps`."""
+        last = {source.name: i for i, (step, *_) in enumerate(steps) for source in step.node.all_input_nodes}
+        unused: list[list[str]] = [[] for _ in steps]
+        for name, i in last.items():
+            unused[i].append(name)
+        return Program(steps, unused)
+
+
 class Recipe:
     """What running sub-networks of one plan takes, whatever their channels: steps, layers, and whether those changed.
 
@@ -76,11 +94,13 @@ class Recipe:
     def __init__(self, plan: Plan):
         self.plan = plan
         self.modules: dict[str, Any] = {node.name: plan.submodule(node) for node in plan.module.graph.nodes}
-        self.steps = {fused: _steps(plan, fused) for fused in (False, True)}
-        self.last = {fused: _last_uses(steps) for fused, steps in self.steps.items()}
-        self.operations = {
-            step.node.name: _operation(step.node, self.modules[step.node.name]) for step in self.steps[False]
+        plain, fused = (_steps(plan, fuses) for fuses in (False, True))
+        self.programs = {
+            "plain": Program.of([(step,) for step in plain]),
+            "fused": Program.of([(step,) for step in fused]),
+            "chained": Program.of(_chained(plan, fused)),
         }
+        self.operations = {step.node.name: _operation(step.node, self.modules[step.node.name]) for step in plain}
         numbers: dict[bytes, int] = {}
         self.lists = {name: numbers.setdefault(ids.tobytes(), len(numbers)) for name, ids in plan.channels.items()}
         self.norms = [layer for _, layer in plan.layers() if isinstance(layer, NORMS)]
@@ -102,9 +122,10 @@ class Recipe:
             tensors = [
                 t for m in self._layers for t in (*m._parameters.values(), *m._buffers.values()) if t is not None
             ]
-            self._seen = tuple(dictionaries), items, tensors
+            known = not any(tensor.is_inference() for tensor in tensors)  # those have no version
+            self._seen = tuple(dictionaries), items, tensors, known
             self._versions = []
-        if any(tensor.is_inference() for tensor in self._seen[2]):
+        if not self._seen[3]:
             return None
         versions = [(tensor._version, tensor.data_ptr()) for tensor in self._seen[2]]
         if versions != self._versions:
@@ -167,13 +188,22 @@ def _is_hooked(plan: Plan, node: fx.Node) -> bool:
     return module is not None and has_forward_hooks(module)
 
 
-def _last_uses(steps: list[Step]) -> list[list[str]]:
-    """By step, the values that no later one reads."""
-    last = {source.name: i for i, step in enumerate(steps) for source in step.node.all_input_nodes}
-    found: list[list[str]] = [[] for _ in steps]
-    for name, i in last.items():
-        found[i].append(name)
+def _chained(plan: Plan, steps: list[Step]) -> list[tuple[Step, ...]]:
+    """Convolutions that each are the only reader of the one before, together."""
+    found: list[tuple[Step, ...]] = []
+    for step in steps:
+        last = found[-1][-1] if found else None
+        both = last is not None and all(_takes_part(plan, one) for one in (last, step))
+        if last is not None and both and only_user(last.value) is step.node:
+            found[-1] += (step,)
+        else:
+            found.append((step,))
     return found
+
+
+def _takes_part(plan: Plan, step: Step) -> bool:
+    layer = plan.submodule(step.node)
+    return isinstance(layer, nn.Conv2d) and not any(split_padding(layer)[0])
 
 
 def _operation(node: fx.Node, module: nn.Module | None) -> Callable[[dict[str, Any]], Any]:
@@ -237,9 +267,9 @@ class Compact:
     @property
     def bytes(self) -> int:
         """Of gathered weights."""
-        tensors = (t for found in self._gathered.values() for t in vars(found).values() if isinstance(t, Tensor))
-        own = (t for t in tensors if not isinstance(t, nn.Parameter))
-        return sum(t.nbytes for t in own)
+        values = [value for found in self._gathered.values() for value in vars(found).values()]
+        tensors = [t for value in values for t in (value if isinstance(value, list) else [value])]
+        return sum(t.nbytes for t in tensors if isinstance(t, Tensor) and not isinstance(t, nn.Parameter))
 
     def gathered(self, step: Step, kind: type, make: Callable[[Step], Any]) -> Any:
         """What `make` makes of the weights of `step`, kept until they change."""
@@ -275,15 +305,17 @@ class Compact:
             raise ValueError("task: images of several sub-networks have no batch statistics in common: call eval()")
         fused = not training and all(norm.running_mean is not None for norm in recipe.norms)
         run = _Run(self, subnets, x, self._keeps())
+        chains = fused and run.prepared and not run.dense and subnets is None
+        program = recipe.programs["chained" if chains else "fused" if fused else "plain"]
         if run.dense:
             x = x.contiguous(memory_format=torch.channels_last)
         values: dict[str, Any] = {next(iter(self.plan.module.graph.nodes)).name: x}
         result: Any = x
-        for step, unused in zip(recipe.steps[fused], recipe.last[fused], strict=True):
-            result = run.value(step, values)
+        for steps, unused in zip(program.steps, program.unused, strict=True):
+            result = run.value(steps[0], values) if len(steps) == 1 else run.chain(steps, values)
             for name in unused:
                 del values[name]
-            values[step.value.name] = result
+            values[steps[-1].value.name] = result
         return result
 
     def _keeps(self) -> bool:
@@ -363,6 +395,14 @@ class _Run:
         if self.subnets is not None and is_concatenation(node):
             return self._select(result, self.compact.index(node.name, lambda i: self._joined(node, i)))
         return result
+
+    def chain(self, steps: tuple[Step, ...], values: dict[str, Any]) -> Tensor:
+        """The value of the last of several convolutions."""
+
+        def make(_: Step) -> PreparedChain:
+            return PreparedChain.of([self._prepared(step) for step in steps])
+
+        return self.compact.gathered(steps[0], PreparedChain, make)(values[steps[0].source])
 
     def _joined(self, node: fx.Node, selection: int) -> np.ndarray:
         """Where the channels of a sub-network stand in a concatenation of tensors that have room for any's."""

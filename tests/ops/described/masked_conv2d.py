@@ -93,6 +93,21 @@ def _pack_sample(dtype: torch.dtype, training: bool) -> tuple[tuple, dict]:
     return (weight, inputs, outputs, numbers[6]), {}
 
 
+def _chain_sample(dtype: torch.dtype, training: bool) -> tuple[tuple, dict]:
+    first, second = Masked(2, 4, 6, 5, 8, keep=0.5, pool=2), Masked(2, 8, 3, 2, 6, (1, 1), padding=0, affine=False)
+    tensors, numbers = [], []
+    for layer in (first, second):
+        own, lists = make_masked(layer, dtype)
+        lists["inputs"] = tensors[4] if tensors else lists["inputs"]
+        packed = torch.ops.pyext.masked_conv2d_pack(own["weight"], lists["inputs"], lists["outputs"], 1)
+        affine = [own.get(name, torch.empty(0, dtype=dtype)) for name in ("scale", "shift")]
+        tensors += [own["weight"], *affine, lists["inputs"], lists["outputs"], packed]
+        numbers += [1, 1, layer.padding, layer.padding, 1, 1, 1, 1, layer.pool]
+    x = make_masked(first, dtype)[0]["x"]
+    # An operator's arguments are not one tensor.
+    return (x, [tensor.clone() for tensor in tensors], numbers), {}
+
+
 def _backward_sample(dtype: torch.dtype, training: bool) -> tuple[tuple, dict]:
     arguments = _arguments(dtype, training, False)
     out = torch.ops.pyext.masked_conv2d(*arguments)
@@ -105,6 +120,7 @@ DESCRIPTION = Description(
     small=small,
     samples={
         "masked_conv2d": _forward_sample,
+        "masked_conv2d_chain": _chain_sample,
         "masked_conv2d_pack": _pack_sample,
         "masked_conv2d_backward": _backward_sample,
     },
