@@ -150,9 +150,15 @@ class Inputs {
   std::vector<Tensor> owned_;
 };
 
-Tensor forward(const Tensor& x, const Tensor& weight, const OptionalTensor& scale, const OptionalTensor& shift,
-               const Tensor& inputs, const Tensor& outputs, const OptionalTensor& subnets, const OptionalTensor& gate,
-               const std::vector<int64_t>& numbers, const OptionalTensor& packed, int64_t pool) {
+// A call that is checked, with its result, not yet computed.
+struct Prepared {
+  Inputs inputs;
+  Tensor out;
+};
+
+Prepared prepare(const Tensor& x, const Tensor& weight, const OptionalTensor& scale, const OptionalTensor& shift,
+                 const Tensor& inputs, const Tensor& outputs, const OptionalTensor& subnets, const OptionalTensor& gate,
+                 const std::vector<int64_t>& numbers, const OptionalTensor& packed, int64_t pool) {
   Inputs call(weight, inputs, outputs, numbers.size() == kNumbers ? numbers[6] : 0);
   call.set_maps(x, numbers, pool);
   MaskedConv2d& args = call.args;
@@ -168,31 +174,51 @@ Tensor forward(const Tensor& x, const Tensor& weight, const OptionalTensor& scal
                     "masked_conv2d: packed is not of this weight and these lists");
     args.packed = packed->data_ptr();
   }
-  const Tensor out = torch::stable::new_empty(x, {s.batch, s.outputs, s.out_height(), s.out_width()});
+  Tensor out = torch::stable::new_empty(x, {s.batch, s.outputs, s.out_height(), s.out_width()});
   args.out = map_of(out);
-  if (s.batch == 0) return out;
-  CallMemory memory;
-  kernels().forward(args, memory.host());
-  return out;
+  return {std::move(call), std::move(out)};
 }
 
-// Layers one after another, each with six tensors, of which an empty scale or shift stands for none, and its
-// numbers and pool. One call for all: at batch size 1 a layer takes less time than its call.
+Tensor forward(const Tensor& x, const Tensor& weight, const OptionalTensor& scale, const OptionalTensor& shift,
+               const Tensor& inputs, const Tensor& outputs, const OptionalTensor& subnets, const OptionalTensor& gate,
+               const std::vector<int64_t>& numbers, const OptionalTensor& packed, int64_t pool) {
+  const Prepared call = prepare(x, weight, scale, shift, inputs, outputs, subnets, gate, numbers, packed, pool);
+  CallMemory memory;
+  if (x.size(0) > 0) kernels().forward(call.inputs.args, memory.host());
+  return call.out;
+}
+
+// Layers one after another, each with six tensors, of which an empty scale or shift stands for none, and its numbers
+// and pool. One call for all: at batch size 1 a layer takes less time than its call, and less than threads take to
+// meet.
 Tensor chain(const Tensor& x, const std::vector<Tensor>& tensors, const std::vector<int64_t>& numbers) {
   constexpr size_t kTensors = 6;
-  STD_TORCH_CHECK(tensors.size() % kTensors == 0 && numbers.size() == tensors.size() / kTensors * (kNumbers + 1),
+  const size_t layers = tensors.size() / kTensors;
+  STD_TORCH_CHECK(layers > 0 && tensors.size() % kTensors == 0 && numbers.size() == layers * (kNumbers + 1),
                   "masked_conv2d: a chain has ", kTensors, " tensors and ", kNumbers + 1, " numbers for each layer");
   const auto optional = [](const Tensor& tensor) {
     return tensor.numel() > 0 ? OptionalTensor(tensor) : OptionalTensor();
   };
-  Tensor map = x;
-  for (size_t layer = 0; layer < tensors.size() / kTensors; ++layer) {
+  std::vector<Prepared> calls;
+  for (size_t layer = 0; layer < layers; ++layer) {
     const Tensor* own = &tensors[layer * kTensors];
     const auto first = numbers.begin() + layer * (kNumbers + 1);
-    map = forward(map, own[0], optional(own[1]), optional(own[2]), own[3], own[4], std::nullopt, std::nullopt,
-                  {first, first + kNumbers}, own[5], first[kNumbers]);
+    calls.push_back(prepare(layer == 0 ? x : calls.back().out, own[0], optional(own[1]), optional(own[2]), own[3],
+                            own[4], std::nullopt, std::nullopt, {first, first + kNumbers}, own[5], first[kNumbers]));
   }
-  return map;
+  if (x.size(0) == 0) return calls.back().out;
+  CallMemory memory;
+  const Host host = memory.host();
+  const auto run = [&] {
+    for (const Prepared& call : calls) kernels().forward(call.inputs.args, host);
+  };
+  // Fewer images than threads: several regions for every layer.
+  if (x.size(0) < host.threads) {
+    memory.with_team(run);
+  } else {
+    run();
+  }
+  return calls.back().out;
 }
 
 Tensor pack(const Tensor& weight, const Tensor& inputs, const Tensor& outputs, int64_t groups) {

@@ -47,7 +47,7 @@ from pyext.subnet.graph import (
 
 DENSE_BATCH, DENSE_INPUTS = 8, 40
 """From so many images, and so many kept inputs in the mean of all multiply-adds, torch's own convolutions on folded
-weights in channels_last are faster (bench/results/subnet_execution.md)."""
+weights in channels_last are faster (bench/results/subnet_execution/cpu.md)."""
 
 
 @dataclass(frozen=True)

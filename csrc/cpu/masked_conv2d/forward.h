@@ -78,7 +78,7 @@ inline T larger(T a, T b) {
 }
 
 // Below so many operations a second thread takes longer to start than it saves.
-constexpr int64_t kWorthThreads = 2000000;
+constexpr int64_t kWorthThreads = 600000;
 
 template <typename S>
 class MaskedForward {
