@@ -68,7 +68,8 @@ class Atlas:
             raise ValueError(f"reconstruct: classes has {unknown}, expected 0 to {self.num_classes - 1}")
         if len(set(chosen)) != len(chosen):
             raise ValueError(f"reconstruct: classes {chosen} names a class twice")
-        if empty := [c for c in chosen if self.counts[c] == 0]:
+        counts = self.counts.tolist()
+        if empty := [c for c in chosen if counts[c] == 0]:
             raise ValueError(f"reconstruct: classes has {empty}, of which the atlas has seen no images")
         return chosen
 

@@ -237,15 +237,23 @@ class Dense:
         return F.conv2d(x, self.weight, self.bias, conv.stride, conv.padding, conv.dilation)  # type: ignore[arg-type]
 
 
+def _own_bytes(gathered: Any) -> int:
+    """Of the tensors among its attributes that are no parameters."""
+    tensors = [t for value in vars(gathered).values() for t in (value if isinstance(value, list) else [value])]
+    return sum(t.nbytes for t in tensors if isinstance(t, Tensor) and not isinstance(t, nn.Parameter))
+
+
 @dataclass
 class Compact:
     """Runs the sub-networks of `selections`, each the channel groups that it keeps, bool (groups,).
 
     Without gradients the kept weights are gathered once and used again until the network's change; `forget` drops them.
+    `bytes` is what they take.
     """
 
     recipe: Recipe
     selections: Sequence[np.ndarray]
+    bytes: int = 0
     _lists: dict[int, Tensor] = field(default_factory=dict)
     _gathered: dict[tuple[str, type], Any] = field(default_factory=dict)
     _indices: dict[str, Tensor] = field(default_factory=dict)
@@ -263,13 +271,7 @@ class Compact:
     def forget(self) -> None:
         """Let go of gathered weights."""
         self._gathered.clear()
-
-    @property
-    def bytes(self) -> int:
-        """Of gathered weights."""
-        values = [value for found in self._gathered.values() for value in vars(found).values()]
-        tensors = [t for value in values for t in (value if isinstance(value, list) else [value])]
-        return sum(t.nbytes for t in tensors if isinstance(t, Tensor) and not isinstance(t, nn.Parameter))
+        self.bytes = 0
 
     def gathered(self, step: Step, kind: type, make: Callable[[Step], Any]) -> Any:
         """What `make` makes of the weights of `step`, kept until they change."""
@@ -277,6 +279,7 @@ class Compact:
         found = self._gathered.get(key)
         if found is None:
             self._gathered[key] = found = make(step)
+            self.bytes += _own_bytes(found)
         return found
 
     def kept(self, name: str, selection: int = 0) -> np.ndarray:
