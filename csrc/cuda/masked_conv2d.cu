@@ -124,7 +124,7 @@ void check(const Inputs& in) {
            a.stride < kLimit && a.kernel < kLimit && a.dilation < kLimit;
   };
   require(fits(s.rows) && fits(s.columns), "a map, its padding, or the kernel's extents are too large");
-  require(s.rows.input * s.columns.input < kLimit && s.rows.output() * s.columns.output() < kLimit,
+  require(s.rows.input * s.columns.input < kLimit && s.conv_positions() < kLimit,
           "a map must have fewer than 2^30 positions");
   require(s.pool == 1 || s.pool == 2, "pool must be 1 or 2");
   require(s.batch < kLimit && (s.subnets + 1) * s.rows.stride * s.columns.stride < kLimit,

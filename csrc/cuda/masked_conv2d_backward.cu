@@ -140,8 +140,6 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) grad_scale[output] = product[0];
 }
 
-int64_t positions_of(const Sizes& s) { return s.rows.output() * s.columns.output(); }
-
 constexpr int64_t kWantedBlocks = 528;  // enough for a large GPU, the same on each, so that results are
 constexpr size_t kScratch = kWarp * sizeof(float);
 
@@ -165,7 +163,7 @@ struct WeightTiles {
     partial.pitch = std::min(s.inputs, s.group_inputs) * s.taps();
     rows = tiles_for(s.outputs, kRows, s.groups);
     columns = divided(partial.pitch, kColumns);
-    const int64_t positions = s.batch * positions_of(s);
+    const int64_t positions = s.batch * s.conv_positions();
     const int64_t wanted = divided(kWantedBlocks, rows * columns);
     partial.chunk_shift = kLeast;
     while (int64_t{2} << partial.chunk_shift <= positions / wanted) ++partial.chunk_shift;
@@ -194,8 +192,8 @@ struct Workspace {
     };
     const bool gated = in.gate != nullptr, activated = s.activation != Activation::kNone;
     const bool needs_grad = (wanted.x != nullptr || wanted.weight != nullptr) && (gated || activated);
-    grad = take(needs_grad, count * positions_of(s) * element);
-    values = take(wanted.gate != nullptr && !activated, count * positions_of(s) * element);
+    grad = take(needs_grad, count * s.conv_positions() * element);
+    values = take(wanted.gate != nullptr && !activated, count * s.conv_positions() * element);
     sums = reinterpret_cast<float*>(take(wanted.shift != nullptr, count * 4));
     partial = reinterpret_cast<float*>(take(wanted.weight != nullptr, WeightTiles(in).partial.numel() * 4));
     const size_t of_x = wanted.x != nullptr ? map_workspace_bytes(in, true, false) : 0;
@@ -213,7 +211,7 @@ void derive(const Inputs& in, const Prepared& prepared, const Workspace& space, 
   d.outputs = prepared.outputs;
   d.images = prepared.images;
   d.activation = s.activation;
-  d.positions = static_cast<int>(positions_of(s));
+  d.positions = static_cast<int>(s.conv_positions());
   d.lanes = 1;
   while (d.lanes < kWarp && d.lanes < d.positions) d.lanes *= 2;
   d.grad_out = static_cast<const T*>(grad_out);
@@ -287,7 +285,7 @@ void backward(const Inputs& in, const void* grad_out, const void* out, const Gra
            stream, prepared.outputs, prepared.images, space.sums, gradients.shift);
   }
   if (gradients.x != nullptr) {
-    const int64_t positions = positions_of(s);
+    const int64_t positions = s.conv_positions();
     const ImageTensor source{const_cast<void*>(grad), {s.outputs * positions, positions, s.columns.output(), 1}};
     write_map(in, prepared, {true, false, source, gradients.x, space.maps}, stream);
   }
