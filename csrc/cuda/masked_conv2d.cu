@@ -1,19 +1,24 @@
 // masked_conv2d on CUDA: the convolution of kept channels, and the gradient of x, as a product whose operands are
-// gathered where they lie: rows are positions of the images of one sub-network, columns kept channels, the depth kept
-// channels on the other side times taps. Nothing is copied: neither x nor the weight.
+// gathered: rows are positions of the images of one sub-network, columns kept channels, the depth kept channels on the
+// other side times taps. The weight is read where it lies. So is x in float32, by plain FMA; in 16 bits it is first
+// arranged with the channels of a position side by side, for tensor cores that take 16 bytes of it at once.
 //
 // Floors of I kept inputs and O kept outputs of `positions` results of all images, K taps: 2 positions O I K operations
 // and (x + out + O I K of the weight) elements once; on an H200, 4.3 TB/s and 770 TFLOP/s in bfloat16 (60 in float32).
 // A tile of 128 x 64 reads (128 + 64) elements of depth for 128 x 64 products of it: 43 operations per byte in 16 bits,
-// 21 in float32, from the caches. The gathering of an element takes about ten instructions, which in 16 bits is of the
-// order of the tensor cores' time. A split of the depth adds 32 KB per tile, written and read once. Not measured.
+// 21 in float32, from the caches. Above the floor: x arranged is written and read once, 2 I elements per position of x;
+// a split of the depth adds 32 KB per tile, written and read once. By the machine code a warp issues about 30 memory
+// instructions per chunk for its 16 of the tensor cores: half of their rate is what to expect at most. Not measured.
 #include "cuda/masked_conv2d.h"
 
 #include "cuda/launch.h"
+#include "cuda/masked_conv2d/arrange.h"
 #include "cuda/masked_conv2d/convolve.h"
 
 namespace pyext::masked_conv2d {
 namespace {
+
+__global__ void __launch_bounds__(kThreads) arrange_kernel(const Arrangement a) { arranging::arrange(a); }
 
 template <typename T, typename P>
 __global__ void __launch_bounds__(kThreads, 2) tiled_convolution_kernel(const Convolution<T, P> c) {
@@ -91,6 +96,35 @@ struct Tiles {
   }
 };
 
+// The source's lists, of kernels whose source is arranged.
+int64_t arranged_bytes(const Inputs& in, bool backward) {
+  if (in.dtype == Dtype::kFloat) return 0;
+  const Sizes& s = in.sizes;
+  const Prepared prepared(in, nullptr);
+  const int64_t positions = backward ? s.conv_positions() : s.rows.input * s.columns.input;
+  return s.batch * positions * (backward ? prepared.outputs : prepared.inputs).slots() * int64_t{sizeof(uint16_t)};
+}
+
+// Makes c read the source as it is arranged in `arranged`.
+template <typename T, typename P>
+void arrange(Convolution<T, P>& c, void* arranged, cudaStream_t stream) {
+  const Lists& lists = c.sources();
+  const int64_t positions = int64_t{c.grid.height} * c.grid.width, slots = lists.slots();
+  Arrangement a{lists,
+                c.layer.images,
+                reinterpret_cast<const uint16_t*>(c.source),
+                c.grid,
+                c.channels_inside,
+                static_cast<uint16_t*>(arranged),
+                to_grid(divided(positions, arranging::kPositions)),
+                to_grid(divided(lists.length, arranging::kChannels))};
+  const int64_t blocks = c.layer.images.batch * (int64_t{a.position_tiles} * a.channel_tiles);
+  launch("arrange", arrange_kernel, dim3(to_grid(blocks)), kThreads, sizeof(arranging::Shared), stream, a);
+  c.source = static_cast<const T*>(arranged);
+  c.grid = {positions * slots, 1, c.grid.width * slots, slots, c.grid.height, c.grid.width};
+  c.channels_inside = true;
+}
+
 template <typename T, typename P>
 void launch_convolution(const Inputs& in, const MapProduct& m, Convolution<T, P> c, cudaStream_t stream) {
   const Sizes& s = in.sizes;
@@ -106,7 +140,8 @@ void launch_convolution(const Inputs& in, const MapProduct& m, Convolution<T, P>
   c.row_tiles = to_grid(tiles.rows);
   c.column_tiles = to_grid(tiles.columns);
   c.splits = to_grid(tiles.splits);
-  c.partial = tiles.splits == 1 ? nullptr : static_cast<float*>(m.workspace);
+  c.partial = tiles.splits == 1 ? nullptr : reinterpret_cast<float*>(m.workspace);
+  if constexpr (tiled::kArranged<T>) arrange(c, m.workspace + tiles.partial_bytes(), stream);
   const size_t shared = sizeof(tiled::Shared<T>);
   launch("tiled_convolution", tiled_convolution_kernel<T, P>, dim3(to_grid(tiles.rows * tiles.columns * tiles.splits)),
          kThreads, shared, stream, c);
@@ -132,7 +167,7 @@ void check(const Inputs& in) {
   require(s.group_inputs * s.groups < kLimit && s.out_channels < kLimit && s.inputs < kLimit && s.outputs < kLimit &&
               s.groups < kLimit,
           "a layer must have fewer than 2^30 channels");
-  require(s.taps() < kLimit && s.inputs * s.taps() < kLimit && s.outputs * s.taps() < kLimit,
+  require(s.taps() < kLimit && (s.inputs + kSlots) * s.taps() < kLimit && (s.outputs + kSlots) * s.taps() < kLimit,
           "channels times taps must be fewer than 2^30");
   require(in.parameter_dtype == Dtype::kFloat || in.parameter_dtype == in.dtype,
           "parameters must be float32 or of x's dtype");
@@ -147,7 +182,8 @@ void write_map(const Inputs& in, const Prepared& prepared, const MapProduct& pro
 }
 
 size_t map_workspace_bytes(const Inputs& in, bool backward, bool finished) {
-  return has_small_groups(in.sizes) ? 0 : Tiles(in, backward, finished).partial_bytes();
+  if (has_small_groups(in.sizes)) return 0;
+  return Tiles(in, backward, finished).partial_bytes() + static_cast<size_t>(arranged_bytes(in, backward));
 }
 
 size_t forward_workspace_bytes(const Inputs& in) {

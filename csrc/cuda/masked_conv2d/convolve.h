@@ -11,7 +11,7 @@ struct Convolution {
   Layer layer;
   bool backward;
   const T* source;
-  Grid grid;  // the source's
+  Grid grid;  // the source's; of an arranged map, in tiles of 16-bit elements
   T* result;  // batch x places x positions, contiguous
   Positions positions;
   int pool;  // rows and columns of the windows whose largest element is a result
@@ -21,7 +21,7 @@ struct Convolution {
   const P* scale;    // these three are null in the backward pass
   const P* shift;
   const P* gate;
-  bool channels_inside;  // whether the source's channels lie closer together than its columns
+  bool channels_inside;  // whether the source's channels lie closer together than its columns, or are arranged
   unsigned row_tiles, column_tiles;
   unsigned splits;  // of the depth, whose sums are added afterwards where there are several
   float* partial;   // splits x tiles x columns x rows, or null
@@ -59,6 +59,10 @@ __device__ __forceinline__ float larger(float x, float y) { return y > x || y !=
 
 namespace tiled {
 
+// Tensor cores would wait for elements that are gathered one by one: the source is first arranged (arrange.h).
+template <typename T>
+constexpr bool kArranged = sizeof(T) == 2;
+
 // The block's tile: rows are positions of the images of one sub-network, windows one after the other, and columns its
 // channels of one group.
 struct Tile {
@@ -70,6 +74,8 @@ struct Tile {
   int column_count;
   const Chosen* channels;  // along the depth
   int channel_count;
+  int depth_channels;  // with those that are none, up to a unit of an arranged map
+  int slot;            // of the first one in an arranged map
 
   template <typename T, typename P>
   __device__ Tile(const Convolution<T, P>& c, unsigned tile) {
@@ -98,6 +104,8 @@ struct Tile {
     const int begin = c.sources().start(subnet, cut.segment);
     channels = c.sources().of(subnet) + begin;
     channel_count = c.sources().start(subnet, cut.segment + 1) - begin;
+    depth_channels = kArranged<T> ? (channel_count + kSlots - 1) / kSlots * kSlots : channel_count;
+    slot = c.sources().slot(subnet, cut.segment);
   }
 };
 
@@ -136,16 +144,19 @@ __device__ void fill_row(const Convolution<T, P>& c, const Tile& tile, int row, 
 template <typename T, typename P>
 __device__ Depth depth_at(const Convolution<T, P>& c, const Tile& tile, int k) {
   const int taps = tile.down.taps * tile.across.taps;
-  const int nth = c.channels_inside ? k % tile.channel_count : k / taps;
-  const int tap = c.channels_inside ? k / tile.channel_count : k - nth * taps;
+  const int nth = c.channels_inside ? k % tile.depth_channels : k / taps;
+  const int tap = c.channels_inside ? k / tile.depth_channels : k - nth * taps;
+  if (nth >= tile.channel_count) return no_depth();
   const Chosen chosen = tile.channels[nth];
+  const int place = kArranged<T> ? tile.slot + nth : chosen.place;
   const int down = tap / tile.across.taps, across = tap - down * tile.across.taps;
   const int y = down * tile.down.move, x = across * tile.across.move;
   const int64_t weight =
       c.of_tap(tile.down.first_tap + down * tile.down.tap_step, tile.across.first_tap + across * tile.across.tap_step);
-  return {{chosen.place * c.grid.channel + y * c.grid.row + x * c.grid.column, y, x},
+  return {{place * c.grid.channel + y * c.grid.row + x * c.grid.column, y, x},
           c.of_source(chosen.channel) + weight,
-          c.factor(chosen.channel)};
+          c.factor(chosen.channel),
+          min(tile.channel_count - nth, kSlots)};
 }
 
 // The results of the tile whose sums are in shared memory.
@@ -182,6 +193,16 @@ __device__ float* partial_of(const Convolution<T, P>& c, unsigned split, unsigne
   return c.partial + (int64_t{split} * c.row_tiles * c.column_tiles + tile) * (kRows * kColumns);
 }
 
+template <typename T, typename P>
+__device__ auto source_of(const Convolution<T, P>& c, const Shared<T>& shared) {
+  const Place* places = shared.product.places;
+  if constexpr (kArranged<T>) {
+    return Arranged<T>{c.source, c.grid.height, c.grid.width, places};
+  } else {
+    return Gathered<T>{c.source, c.grid.height, c.grid.width, places, c.channels_inside};
+  }
+}
+
 // Block: a tile, or one split of it.
 template <typename T, typename P>
 __device__ void convolve(const Convolution<T, P>& c) {
@@ -193,12 +214,11 @@ __device__ void convolve(const Convolution<T, P>& c) {
     const int channel = static_cast<int>(threadIdx.x) < tile.column_count ? tile.columns[threadIdx.x].channel : -1;
     shared.product.offsets[threadIdx.x] = channel < 0 ? -1 : c.of_result(channel);
   }
-  const Gathered<T> left{c.source, c.grid.height, c.grid.width, shared.product.places, c.channels_inside};
-  const Indexed<T, P> right{c.weight, shared.product.offsets, true};
-  const int depth = tile.channel_count * tile.down.taps * tile.across.taps;
+  const Indexed<T, P> right{c.weight, shared.product.offsets, true, c.factors != nullptr};
+  const int depth = tile.depth_channels * tile.down.taps * tile.across.taps;
   const int64_t chunks = chunks_of<T>(depth);
   const Chunks own{chunks * split / c.splits, chunks * (split + 1) / c.splits};
-  multiply_tile(shared.product, depth, own, left, right,
+  multiply_tile(shared.product, depth, own, source_of(c, shared), right,
                 [&](int64_t k) { return depth_at(c, tile, static_cast<int>(k)); });
   if (c.partial == nullptr) return store_results(c, shared);
   float* partial = partial_of(c, split, nth);

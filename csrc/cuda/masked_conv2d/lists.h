@@ -18,6 +18,8 @@ struct Chosen {
   int channel;
 };
 
+constexpr int kSlots = 8;  // 16-bit elements of 16 bytes
+
 // Of one kind, inputs or outputs.
 struct Lists {
   const int64_t* numbers;  // as the operator was given them
@@ -31,6 +33,14 @@ struct Lists {
   __device__ const Chosen* of(int subnet) const { return chosen + int64_t{subnet} * length; }
   __device__ int rank(int subnet, int channel) const { return ranks[int64_t{subnet} * channels + channel]; }
   __device__ int start(int subnet, int group) const { return starts[int64_t{subnet} * (groups + 1) + group]; }
+  // Where an arranged map has a group's channels: from a multiple of kSlots on, one after the other.
+  __device__ int slot(int subnet, int group) const {
+    return (start(subnet, group) + kSlots - 1) / kSlots * kSlots + kSlots * group;
+  }
+  // Channels of an arranged map, those that are none included.
+  __host__ __device__ int slots() const {
+    return (length + kSlots - 1) / kSlots * kSlots + (groups > 1 ? kSlots * groups : 0);
+  }
   __host__ __device__ int group_channels() const { return channels / groups; }
   // The channel at a place, or -1; `subnet` may be that which keeps nothing.
   __device__ int channel(int subnet, int subnets, int place) const {

@@ -113,7 +113,7 @@ struct MapProduct {
   bool finished;       // with gate, activation and pooling
   ImageTensor source;  // of the map that is read
   void* result;
-  void* workspace;  // of map_workspace_bytes, 16-byte aligned
+  char* workspace;  // of map_workspace_bytes, 16-byte aligned
 };
 
 // These are in csrc/cuda/masked_conv2d.cu. `prepared` is what `prepare` filled, of the same inputs.

@@ -38,9 +38,10 @@ struct alignas(16) Depth {
   Place place;
   int64_t offset;
   float factor;
+  int channels;  // that follow one another in an arranged map, at most kSlots
 };
 
-__device__ __forceinline__ Depth no_depth() { return {{0, kNowhere, kNowhere}, -1, 0.f}; }
+__device__ __forceinline__ Depth no_depth() { return {{0, kNowhere, kNowhere}, -1, 0.f, 0}; }
 
 template <typename T>
 struct Shared {
@@ -56,9 +57,15 @@ struct Shared {
   int64_t offsets[kRows];  // of the other one, -1 for none
 };
 
+__device__ __forceinline__ bool is_inside(const Place& a, const Place& b, int height, int width) {
+  return static_cast<unsigned>(a.y + b.y) < static_cast<unsigned>(height) &&
+         static_cast<unsigned>(a.x + b.x) < static_cast<unsigned>(width);
+}
+
 // Elements of a map, zeros outside it.
 template <typename T>
 struct Gathered {
+  static constexpr bool kCopied = false;
   const T* data;
   int height, width;
   const Place* places;
@@ -70,20 +77,38 @@ struct Gathered {
 #pragma unroll
     for (int i = 0; i < kUnit<T>; ++i) {
       const Place place = depth[i].place;
-      const bool inside = static_cast<unsigned>(own.y + place.y) < static_cast<unsigned>(height) &&
-                          static_cast<unsigned>(own.x + place.x) < static_cast<unsigned>(width);
+      const bool inside = is_inside(own, place, height, width);
       unit.at[i] = inside ? data[own.offset + place.offset] : from_float<T>(0.f);
     }
     return unit;
   }
 };
 
+// Elements of an arranged map, zeros outside it: a unit is 16 bytes, which are copied past the registers.
+template <typename T>
+struct Arranged {
+  static_assert(kUnit<T> == kSlots);
+  static constexpr bool kCopied = true, along_depth = true;
+  const T* data;
+  int height, width;
+  const Place* places;
+
+  __device__ __forceinline__ void copy(int row, const Depth* depth, T* to) const {
+    const Place own = places[row], place = depth->place;
+    const bool inside = is_inside(own, place, height, width);
+    copy_to_shared(to, inside ? data + own.offset + place.offset : data,
+                   inside ? depth->channels * static_cast<int>(sizeof(T)) : 0);
+  }
+};
+
 // Elements of another tensor, as T.
 template <typename T, typename P>
 struct Indexed {
+  static constexpr bool kCopied = false;
   const P* data;
   const int64_t* offsets;
   bool along_depth;
+  bool scaled;  // whether factors are others than 1
 
   __device__ __forceinline__ Pack<T, kUnit<T>> operator()(int row, const Depth* depth) const {
     const int64_t own = offsets[row];
@@ -91,8 +116,8 @@ struct Indexed {
 #pragma unroll
     for (int i = 0; i < kUnit<T>; ++i) {
       const int64_t offset = depth[i].offset;
-      const float value = (own | offset) >= 0 ? to_float(data[own + offset]) * depth[i].factor : 0.f;
-      unit.at[i] = from_float<T>(value);
+      const float value = (own | offset) >= 0 ? to_float(data[own + offset]) : 0.f;
+      unit.at[i] = from_float<T>(scaled ? value * depth[i].factor : value);
     }
     return unit;
   }
@@ -104,16 +129,26 @@ struct Share {
   static constexpr int kEach = Count * kUnits / kThreads;
   Pack<T, kUnit<T>> units[kEach];
 
+  // To the registers or, if that is the operand's way, to `chunk`.
   template <typename Operand>
-  __device__ __forceinline__ void fetch(const Operand& operand, const Depth* depth) {
+  __device__ __forceinline__ void fetch(const Operand& operand, const Depth* depth, T* chunk) {
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) units[i] = operand(row(i, operand), depth + column(i, operand));
+    for (int i = 0; i < kEach; ++i) {
+      if constexpr (Operand::kCopied) {
+        operand.copy(row(i, operand), depth + column(i, operand),
+                     chunk + row(i, operand) * kPitch<T> + column(i, operand));
+      } else {
+        units[i] = operand(row(i, operand), depth + column(i, operand));
+      }
+    }
   }
 
   template <typename Operand>
   __device__ __forceinline__ void store(const Operand& operand, T* chunk) const {
+    if constexpr (!Operand::kCopied) {
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) store_pack(chunk + row(i, operand) * kPitch<T> + column(i, operand), units[i]);
+      for (int i = 0; i < kEach; ++i) store_pack(chunk + row(i, operand) * kPitch<T> + column(i, operand), units[i]);
+    }
   }
 
  private:
@@ -154,12 +189,13 @@ __device__ __forceinline__ void multiply_tile(Shared<T>& shared, int64_t depth, 
   Share<T, kRows> of_left;
   Share<T, kColumns> of_right;
   const auto fetch = [&](int64_t chunk) {
-    of_left.fetch(left, shared.depth[chunk % 2]);
-    of_right.fetch(right, shared.depth[chunk % 2]);
+    of_left.fetch(left, shared.depth[chunk % 2], shared.chunks.left[chunk % 2]);
+    of_right.fetch(right, shared.depth[chunk % 2], shared.chunks.right[chunk % 2]);
   };
   const auto store = [&](int64_t chunk) {
     of_left.store(left, shared.chunks.left[chunk % 2]);
     of_right.store(right, shared.chunks.right[chunk % 2]);
+    if constexpr (Left::kCopied) wait_for_copies();
   };
   Part part = {};
   fill(chunks.first);

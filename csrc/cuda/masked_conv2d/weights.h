@@ -90,7 +90,8 @@ __device__ Depth position_at(const WeightProduct<T>& w, const WeightTile& tile, 
   const int x = (position - down * width) * w.layer.columns.stride - w.layer.columns.padding;
   return {{image * w.grid.image + y * w.grid.row + x * w.grid.column, y, x},
           image * w.layer.outputs.length * per_image + position,
-          1.f};
+          1.f,
+          0};
 }
 
 // Block: a tile of outputs and of inputs times taps, over one chunk of positions.
@@ -110,7 +111,7 @@ __device__ void multiply_weights(const WeightProduct<T>& w) {
     shared.product.places[thread] =
         thread < tile.columns ? column_place(w, tile, thread) : Place{0, kNowhere, kNowhere};
   }
-  const Indexed<T, T> left{w.grad, shared.product.offsets, true};
+  const Indexed<T, T> left{w.grad, shared.product.offsets, true, false};
   const Gathered<T> right{w.x, w.grid.height, w.grid.width, shared.product.places, true};
   const Chunks chunks{0, chunks_of<T>(tile.positions.count)};
   multiply_tile(shared.product, tile.positions.count, chunks, left, right,
