@@ -12,13 +12,10 @@
 #include "cuda/masked_conv2d.h"
 
 #include "cuda/launch.h"
-#include "cuda/masked_conv2d/arrange.h"
 #include "cuda/masked_conv2d/convolve.h"
 
 namespace pyext::masked_conv2d {
 namespace {
-
-__global__ void __launch_bounds__(kThreads) arrange_kernel(const Arrangement a) { arranging::arrange(a); }
 
 template <typename T, typename P>
 __global__ void __launch_bounds__(kThreads, 2) tiled_convolution_kernel(const Convolution<T, P> c) {
@@ -96,35 +93,6 @@ struct Tiles {
   }
 };
 
-// The source's lists, of kernels whose source is arranged.
-int64_t arranged_bytes(const Inputs& in, bool backward) {
-  if (in.dtype == Dtype::kFloat) return 0;
-  const Sizes& s = in.sizes;
-  const Prepared prepared(in, nullptr);
-  const int64_t positions = backward ? s.conv_positions() : s.rows.input * s.columns.input;
-  return s.batch * positions * (backward ? prepared.outputs : prepared.inputs).slots() * int64_t{sizeof(uint16_t)};
-}
-
-// Makes c read the source as it is arranged in `arranged`.
-template <typename T, typename P>
-void arrange(Convolution<T, P>& c, void* arranged, cudaStream_t stream) {
-  const Lists& lists = c.sources();
-  const int64_t positions = int64_t{c.grid.height} * c.grid.width, slots = lists.slots();
-  Arrangement a{lists,
-                c.layer.images,
-                reinterpret_cast<const uint16_t*>(c.source),
-                c.grid,
-                c.channels_inside,
-                static_cast<uint16_t*>(arranged),
-                to_grid(divided(positions, arranging::kPositions)),
-                to_grid(divided(lists.length, arranging::kChannels))};
-  const int64_t blocks = c.layer.images.batch * (int64_t{a.position_tiles} * a.channel_tiles);
-  launch("arrange", arrange_kernel, dim3(to_grid(blocks)), kThreads, sizeof(arranging::Shared), stream, a);
-  c.source = static_cast<const T*>(arranged);
-  c.grid = {positions * slots, 1, c.grid.width * slots, slots, c.grid.height, c.grid.width};
-  c.channels_inside = true;
-}
-
 template <typename T, typename P>
 void launch_convolution(const Inputs& in, const MapProduct& m, Convolution<T, P> c, cudaStream_t stream) {
   const Sizes& s = in.sizes;
@@ -140,8 +108,12 @@ void launch_convolution(const Inputs& in, const MapProduct& m, Convolution<T, P>
   c.row_tiles = to_grid(tiles.rows);
   c.column_tiles = to_grid(tiles.columns);
   c.splits = to_grid(tiles.splits);
-  c.partial = tiles.splits == 1 ? nullptr : reinterpret_cast<float*>(m.workspace);
-  if constexpr (tiled::kArranged<T>) arrange(c, m.workspace + tiles.partial_bytes(), stream);
+  c.partial = tiles.splits == 1 ? nullptr : static_cast<float*>(m.workspace);
+  if constexpr (tiled::kArranged<T>) {
+    c.source = static_cast<const T*>(m.arranged);
+    c.grid = arranged_grid(c.sources(), c.grid.height, c.grid.width);
+    c.channels_inside = true;
+  }
   const size_t shared = sizeof(tiled::Shared<T>);
   launch("tiled_convolution", tiled_convolution_kernel<T, P>, dim3(to_grid(tiles.rows * tiles.columns * tiles.splits)),
          kThreads, shared, stream, c);
@@ -182,20 +154,29 @@ void write_map(const Inputs& in, const Prepared& prepared, const MapProduct& pro
 }
 
 size_t map_workspace_bytes(const Inputs& in, bool backward, bool finished) {
-  if (has_small_groups(in.sizes)) return 0;
-  return Tiles(in, backward, finished).partial_bytes() + static_cast<size_t>(arranged_bytes(in, backward));
+  return has_small_groups(in.sizes) ? 0 : Tiles(in, backward, finished).partial_bytes();
 }
 
 size_t forward_workspace_bytes(const Inputs& in) {
   check(in);
-  return Prepared(in, nullptr).bytes + map_workspace_bytes(in, false, true);
+  const Sizes& s = in.sizes;
+  const Prepared prepared(in, nullptr);
+  const size_t of_x =
+      is_arranged(in) ? arranged_bytes(prepared.inputs, s.batch, s.rows.input * s.columns.input) : size_t{0};
+  return prepared.bytes + map_workspace_bytes(in, false, true) + of_x;
 }
 
 void forward(const Inputs& in, void* out, void* workspace, cudaStream_t stream) {
   check(in);
   const Prepared prepared(in, workspace);
   prepare(prepared, stream);
-  write_map(in, prepared, {false, true, in.x, out, static_cast<char*>(workspace) + prepared.bytes}, stream);
+  char* const rest = static_cast<char*>(workspace) + prepared.bytes;
+  char* const arranged = rest + map_workspace_bytes(in, false, true);
+  if (is_arranged(in)) {
+    const Layer layer = layer_of(in.sizes, prepared);
+    arrange(layer.inputs, layer.images, in.x, layer.rows.input, layer.columns.input, arranged, stream);
+  }
+  write_map(in, prepared, {false, true, in.x, arranged, out, rest}, stream);
 }
 
 }  // namespace pyext::masked_conv2d

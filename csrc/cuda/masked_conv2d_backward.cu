@@ -4,13 +4,14 @@
 // are added in their order and spread over the whole layer's weight. No sum depends on the order in which blocks run.
 //
 // Floors: twice the forward pass's operations; bytes of grad_out, out and x, and of the whole weight's gradient, which
-// is float32. Above that: the gradient of v is written once and read once per 64 channels, and partial sums are written
-// and read once per chunk. Not measured.
+// is float32. Above that: the gradient of v is written and read once, in 16 bits x and that gradient are arranged, 4
+// bytes per element each, and partial sums are written and read once per chunk. From arranged maps a warp issues 3
+// copies per thread for 16 instructions of the tensor cores. Not measured.
 #include <algorithm>
 
 #include "cuda/launch.h"
 #include "cuda/masked_conv2d.h"
-#include "cuda/masked_conv2d/weights.h"
+#include "cuda/masked_conv2d/weights_arranged.h"
 
 namespace pyext::masked_conv2d {
 namespace {
@@ -87,6 +88,11 @@ __global__ void __launch_bounds__(kThreads, 2) tiled_weight_kernel(const WeightP
 }
 
 template <typename T>
+__global__ void __launch_bounds__(kThreads, 2) arranged_weight_kernel(const WeightProduct<T> w) {
+  arranged::multiply_weights(w);
+}
+
+template <typename T>
 __global__ void __launch_bounds__(kThreads, 4) single_weight_kernel(const WeightProduct<T> w) {
   single::multiply_weights(w);
 }
@@ -146,6 +152,7 @@ constexpr size_t kScratch = kWarp * sizeof(float);
 struct WeightTiles {
   Partial partial{};
   int64_t rows = 0, columns = 0;
+  bool arranged = false;
 
   explicit WeightTiles(const Inputs& in) {
     const Sizes& s = in.sizes;
@@ -162,7 +169,9 @@ struct WeightTiles {
     partial.rows = s.outputs;
     partial.pitch = std::min(s.inputs, s.group_inputs) * s.taps();
     rows = tiles_for(s.outputs, kRows, s.groups);
-    columns = divided(partial.pitch, kColumns);
+    const int64_t channels = std::min(s.inputs, s.group_inputs);
+    arranged = is_arranged(in) && channels >= arranged::kLeastInputs;
+    columns = arranged ? divided(channels, kColumns) * s.taps() : divided(partial.pitch, kColumns);
     const int64_t positions = s.batch * s.conv_positions();
     const int64_t wanted = divided(kWantedBlocks, rows * columns);
     partial.chunk_shift = kLeast;
@@ -178,13 +187,16 @@ struct Workspace {
   float* sums = nullptr;
   float* partial = nullptr;
   char* maps = nullptr;  // for the products whose results are maps, one after the other
+  char* arranged_x = nullptr;
+  char* arranged_grad = nullptr;
   size_t bytes;
 
   Workspace(const Inputs& in, const Gradients& wanted, void* base) {
     const Sizes& s = in.sizes;
     const int64_t count = s.batch * s.outputs, element = in.dtype == Dtype::kFloat ? 4 : 2;
     char* const begin = static_cast<char*>(base);
-    size_t used = Prepared(in, base).bytes;
+    const Prepared prepared(in, base);
+    size_t used = prepared.bytes;
     const auto take = [&](bool needed, int64_t size) {
       char* at = needed ? begin + used : nullptr;
       if (needed) used += (static_cast<size_t>(size) + 15) / 16 * 16;
@@ -199,6 +211,13 @@ struct Workspace {
     const size_t of_x = wanted.x != nullptr ? map_workspace_bytes(in, true, false) : 0;
     const size_t of_values = values != nullptr ? map_workspace_bytes(in, false, false) : 0;
     maps = take(true, static_cast<int64_t>(std::max(of_x, of_values)));
+    const WeightTiles tiles(in);
+    const bool for_weight = wanted.weight != nullptr && tiles.arranged;
+    const auto arranged = [&](bool needed, const Lists& lists, int64_t positions) {
+      return take(needed && is_arranged(in), static_cast<int64_t>(arranged_bytes(lists, s.batch, positions)));
+    };
+    arranged_x = arranged(values != nullptr || for_weight, prepared.inputs, s.rows.input * s.columns.input);
+    arranged_grad = arranged(wanted.x != nullptr || for_weight, prepared.outputs, s.conv_positions());
     bytes = used;
   }
 };
@@ -236,6 +255,8 @@ void derive_weight(const Inputs& in, const Prepared& prepared, const Workspace& 
   w.x = static_cast<const T*>(in.x.data);
   w.grid = {x[0], x[1], x[2], x[3], w.layer.rows.input, w.layer.columns.input};
   w.grad = static_cast<const T*>(grad);
+  w.grad_image = s.outputs * s.conv_positions();
+  w.grad_position = 1;
   w.partial = tiles.partial;
   w.partial.data = space.partial;
   w.row_tiles = to_grid(tiles.rows);
@@ -244,8 +265,15 @@ void derive_weight(const Inputs& in, const Prepared& prepared, const Workspace& 
   const dim3 blocks(to_grid(w.partial.chunks * of_chunk));
   if (w.partial.whole) {
     launch("single_weight", single_weight_kernel<T>, blocks, kThreads, kScratch, stream, w);
-  } else {
+  } else if (!tiles.arranged) {
     launch("tiled_weight", tiled_weight_kernel<T>, blocks, kThreads, sizeof(tiled::WeightShared<T>), stream, w);
+  } else if constexpr (sizeof(T) == sizeof(uint16_t)) {
+    w.x = reinterpret_cast<const T*>(space.arranged_x);
+    w.grid = arranged_grid(w.layer.inputs, w.grid.height, w.grid.width);
+    w.grad = reinterpret_cast<const T*>(space.arranged_grad);
+    w.grad_position = w.layer.outputs.slots();
+    w.grad_image = s.conv_positions() * w.grad_position;
+    launch("arranged_weight", arranged_weight_kernel<T>, blocks, kThreads, sizeof(arranged::Shared<T>), stream, w);
   }
   const int64_t* strides = in.weight.strides;
   launch("spread_weight", spread_weight_kernel<P>, dim3(static_cast<unsigned>(s.out_channels)), kThreads, kScratch,
@@ -268,15 +296,25 @@ void backward(const Inputs& in, const void* grad_out, const void* out, const Gra
   const Prepared prepared(in, workspace);
   const Workspace space(in, gradients, workspace);
   prepare(prepared, stream);
+  const Layer layer = layer_of(s, prepared);
+  if (space.arranged_x != nullptr) {
+    arrange(layer.inputs, layer.images, in.x, layer.rows.input, layer.columns.input, space.arranged_x, stream);
+  }
   if (space.values != nullptr) {
-    write_map(in, prepared, {false, false, in.x, space.values, space.maps}, stream);
+    write_map(in, prepared, {false, false, in.x, space.arranged_x, space.values, space.maps}, stream);
   }
   const void* grad = space.grad != nullptr ? space.grad : grad_out;
+  const int64_t positions = s.conv_positions();
+  const ImageTensor of_grad{const_cast<void*>(grad), {s.outputs * positions, positions, s.columns.output(), 1}};
   dispatch(in, [&](auto element, auto parameter) {
     using T = typename decltype(element)::type;
     using P = typename decltype(parameter)::type;
     if (space.grad != nullptr || space.sums != nullptr || gradients.gate != nullptr) {
       derive<T, P>(in, prepared, space, grad_out, out, gradients.gate, stream);
+    }
+    if (space.arranged_grad != nullptr) {
+      arrange(layer.outputs, layer.images, of_grad, layer.rows.output, layer.columns.output, space.arranged_grad,
+              stream);
     }
     if (gradients.weight != nullptr) derive_weight<T, P>(in, prepared, space, grad, gradients, stream);
   });
@@ -285,9 +323,7 @@ void backward(const Inputs& in, const void* grad_out, const void* out, const Gra
            stream, prepared.outputs, prepared.images, space.sums, gradients.shift);
   }
   if (gradients.x != nullptr) {
-    const int64_t positions = s.conv_positions();
-    const ImageTensor source{const_cast<void*>(grad), {s.outputs * positions, positions, s.columns.output(), 1}};
-    write_map(in, prepared, {true, false, source, gradients.x, space.maps}, stream);
+    write_map(in, prepared, {true, false, of_grad, space.arranged_grad, gradients.x, space.maps}, stream);
   }
 }
 

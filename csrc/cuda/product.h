@@ -18,6 +18,17 @@ using Part = float[2][4][4];
 // Row 8 q + group and column 8 s + 2 member + e of a part.
 __device__ __forceinline__ float& at(Part& part, int q, int s, int e) { return part[q / 2][s][q % 2 * 2 + e]; }
 
+template <typename T>
+__device__ __forceinline__ void multiply_fragments(Part& part, const uint32_t (&a)[2][4], const uint32_t (&b)[2][4]) {
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      mma_16x8x16<T>(part[m][n], a[m], {b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]});
+    }
+  }
+}
+
 // part += left right for one chunk. left[row][k] is the warp's rows; right is its columns, as right[column][k], or,
 // transposed, right[k][column].
 template <bool kTransposed, int kDepth, typename T>
@@ -35,13 +46,28 @@ __device__ __forceinline__ void multiply(Part& part, const T* left, const T* rig
       load_matrices<kTransposed>(b[n], kTransposed ? right + (of_k + lane % 8) * kChunkPitch<T, kDepth> + column
                                                    : right + (column + lane % 8) * kChunkPitch<T, kDepth> + of_k);
     }
+    multiply_fragments<T>(part, a, b);
+  }
+}
+
+// The same of operands that both lie across: left[k][row] and right[k][column], with pitches of their own.
+template <int kDepth, int kLeftPitch, int kRightPitch, typename T>
+__device__ __forceinline__ void multiply_across(Part& part, const T* left, const T* right) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int k = 0; k < kDepth; k += 16) {
+    uint32_t a[2][4], b[2][4];
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        mma_16x8x16<T>(part[m][n], a[m], {b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]});
-      }
+      const int row = m * 16 + lane / 8 % 2 * 8, of_k = k + lane / 16 * 8 + lane % 8;
+      load_matrices<true>(a[m], left + of_k * kLeftPitch + row);
     }
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const int column = 8 * (2 * n + lane / 16), of_k = k + lane / 8 % 2 * 8 + lane % 8;
+      load_matrices<true>(b[n], right + of_k * kRightPitch + column);
+    }
+    multiply_fragments<T>(part, a, b);
   }
 }
 

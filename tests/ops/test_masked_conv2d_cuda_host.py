@@ -93,6 +93,7 @@ LAYERS = {
     "several tiles": Masked(2, 14, 9, 17, 75, (2, 2), 1, (1, 0), keep=0.93, activation=None),
     "several splits": Masked(2, 40, 3, 4, 40, subnets=2, keep=0.9, activation=None, gated=True),
     "groups": Masked(3, 36, 5, 4, 48, groups=2, subnets=2, keep=0.7, activation=None, gated=True),
+    "wide groups": Masked(4, 76, 6, 5, 140, (2, 3), (2, 1), groups=2, subnets=2, keep=0.9, activation=None),
     "small groups": Masked(3, 12, 5, 4, 6, stride=(2, 1), groups=3, subnets=2, gated=True),
     "depthwise": Masked(10, 9, 6, 7, 9, stride=2, groups=9, subnets=3, keep=0.4, activation="relu6", gated=True),
     "no images": Masked(0, 5, 3, 4, 6, subnets=2, gated=True),

@@ -107,13 +107,25 @@ inline Layer layer_of(const Sizes& s, const Prepared& prepared) {
 // Groups of few channels fill no tiles of a product: their kernels take every result by itself.
 inline bool has_small_groups(const Sizes& s) { return s.groups > 1 && s.group_inputs * s.group_outputs() < 256; }
 
+// Tensor cores would wait for elements that are gathered one by one: maps in 16 bits are first arranged, unless groups
+// are small. An arranged map is (batch, positions, slots): the kept channels of a position side by side, each group's
+// from a multiple of 16 bytes on. Slots that are of no channel are neither written nor read.
+inline bool is_arranged(const Inputs& in) { return in.dtype != Dtype::kFloat && !has_small_groups(in.sizes); }
+
+// These three are in csrc/cuda/masked_conv2d_arrange.cu. `lists` are of the map's channels.
+size_t arranged_bytes(const Lists& lists, int64_t batch, int64_t positions);
+Grid arranged_grid(const Lists& lists, int height, int width);
+void arrange(const Lists& lists, const Images& images, const ImageTensor& source, int height, int width, void* arranged,
+             cudaStream_t stream);
+
 // A product whose result is a map.
 struct MapProduct {
-  bool backward;       // the gradient of x from that of v; else v from x
-  bool finished;       // with gate, activation and pooling
-  ImageTensor source;  // of the map that is read
+  bool backward;         // the gradient of x from that of v; else v from x
+  bool finished;         // with gate, activation and pooling
+  ImageTensor source;    // of the map that is read
+  const void* arranged;  // the same map, where maps are arranged
   void* result;
-  char* workspace;  // of map_workspace_bytes, 16-byte aligned
+  void* workspace;  // of map_workspace_bytes, 16-byte aligned
 };
 
 // These are in csrc/cuda/masked_conv2d.cu. `prepared` is what `prepare` filled, of the same inputs.

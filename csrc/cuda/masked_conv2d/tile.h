@@ -43,6 +43,8 @@ struct alignas(16) Depth {
 
 __device__ __forceinline__ Depth no_depth() { return {{0, kNowhere, kNowhere}, -1, 0.f, 0}; }
 
+using Sums = float[kColumns][kRows + 4];
+
 template <typename T>
 struct Shared {
   union {
@@ -50,7 +52,7 @@ struct Shared {
       T left[2][kRows * kPitch<T>];
       T right[2][kColumns * kPitch<T>];
     } chunks;
-    float sums[kColumns][kRows + 4];
+    Sums sums;
   };
   Depth depth[2][kDepth<T>];
   Place places[kRows];     // of the operand that is a map's
@@ -164,6 +166,25 @@ struct Share {
   }
 };
 
+// The first row and column of the warp's part.
+__device__ __forceinline__ int row_of_warp() { return threadIdx.x / kWarp / kColumnWarps * kPart; }
+__device__ __forceinline__ int column_of_warp() { return threadIdx.x / kWarp % kColumnWarps * kPart; }
+
+__device__ __forceinline__ void store_part(Part& part, Sums& sums) {
+  const MmaLayout layout(threadIdx.x % kWarp);
+#pragma unroll
+  for (int q = 0; q < 4; ++q) {
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int column = column_of_warp() + 8 * s + 2 * layout.member + e;
+        sums[column][row_of_warp() + 8 * q + layout.group] = at(part, q, s, e);
+      }
+    }
+  }
+}
+
 // Chunks of the depth, from `first` to that before `last`.
 struct Chunks {
   int64_t first, last;
@@ -179,8 +200,7 @@ __device__ __forceinline__ int64_t chunks_of(int64_t depth) {
 template <typename T, typename Left, typename Right, typename DepthAt>
 __device__ __forceinline__ void multiply_tile(Shared<T>& shared, int64_t depth, const Chunks& chunks, const Left& left,
                                               const Right& right, DepthAt depth_at) {
-  const int warp = threadIdx.x / kWarp;
-  const int first_row = warp / kColumnWarps * kPart, first_column = warp % kColumnWarps * kPart;
+  const int first_row = row_of_warp(), first_column = column_of_warp();
   const auto fill = [&](int64_t chunk) {
     if (threadIdx.x >= kDepth<T> || chunk >= chunks.last) return;
     const int64_t k = chunk * kDepth<T> + threadIdx.x;
@@ -215,17 +235,7 @@ __device__ __forceinline__ void multiply_tile(Shared<T>& shared, int64_t depth, 
     fill(chunk + 2);
     __syncthreads();
   }
-  const MmaLayout layout(threadIdx.x % kWarp);
-#pragma unroll
-  for (int q = 0; q < 4; ++q) {
-#pragma unroll
-    for (int s = 0; s < 4; ++s) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        shared.sums[first_column + 8 * s + 2 * layout.member + e][first_row + 8 * q + layout.group] = at(part, q, s, e);
-      }
-    }
-  }
+  store_part(part, shared.sums);
   __syncthreads();
 }
 

@@ -20,18 +20,21 @@ struct Partial {
   __device__ int64_t at(int64_t nth, int row, int column) const { return (nth * rows + row) * pitch + column; }
 };
 
+// Maps are given as they are or, to arranged_weights, arranged.
 template <typename T>
 struct WeightProduct {
   Layer layer;
   const T* x;
   Grid grid;
-  const T* grad;  // of v: batch x outputs x positions, contiguous
+  const T* grad;  // of v
+  int64_t grad_image, grad_position;
   Partial partial;
   unsigned row_tiles, column_tiles;
 };
 
 namespace tiled {
 
+// The block's tile: rows are outputs of one group, and positions are of the images of one sub-network.
 struct WeightTile {
   int64_t chunk;
   Cut positions;
@@ -40,6 +43,8 @@ struct WeightTile {
   int first_row;  // in the list of outputs
   const Chosen* outputs;
   const Chosen* inputs;
+  int input_count;
+  int output_slot, input_slot;  // of the first of them, in arranged maps
   int first_column, columns;
 
   template <typename T>
@@ -57,8 +62,11 @@ struct WeightTile {
     outputs = l.outputs.of(subnet) + first_row;
     const int begin = l.inputs.start(subnet, rows.segment);
     inputs = l.inputs.of(subnet) + begin;
+    input_count = l.inputs.start(subnet, rows.segment + 1) - begin;
+    output_slot = l.outputs.slot(subnet, rows.segment) + static_cast<int>(rows.first);
+    input_slot = l.inputs.slot(subnet, rows.segment);
     first_column = static_cast<int>(blockIdx.x % w.column_tiles) * kColumns;
-    columns = min((l.inputs.start(subnet, rows.segment + 1) - begin) * l.taps() - first_column, kColumns);
+    columns = min(input_count * l.taps() - first_column, kColumns);
   }
 };
 
@@ -89,7 +97,7 @@ __device__ Depth position_at(const WeightProduct<T>& w, const WeightTile& tile, 
   const int y = down * w.layer.rows.stride - w.layer.rows.padding;
   const int x = (position - down * width) * w.layer.columns.stride - w.layer.columns.padding;
   return {{image * w.grid.image + y * w.grid.row + x * w.grid.column, y, x},
-          image * w.layer.outputs.length * per_image + position,
+          image * w.grad_image + position * w.grad_position,
           1.f,
           0};
 }

@@ -1,11 +1,11 @@
-// A map of 16-bit elements with the kept channels of a position one after the other, each group's from a multiple of 16
-// bytes on, so that a product fetches 8 of them at once: batch x positions x slots. Slots that are of no channel are
-// neither written nor read.
-#pragma once
-
+// masked_conv2d on CUDA: a map of 16-bit elements is read and written once, through tiles in shared memory, so that
+// both are in rows: 4 bytes per element, for products that would gather it element by element 9 times (of a 3x3
+// kernel).
+#include "cuda/launch.h"
 #include "cuda/masked_conv2d/plan.h"
 
 namespace pyext::masked_conv2d {
+namespace {
 
 struct Arrangement {
   Lists lists;
@@ -17,8 +17,6 @@ struct Arrangement {
   unsigned position_tiles, channel_tiles;
 };
 
-namespace arranging {
-
 constexpr int kPositions = 64;  // of a block
 constexpr int kChannels = 64;
 
@@ -29,7 +27,7 @@ struct Shared {
   uint16_t elements[kPositions][kChannels + 2];
 };
 
-__device__ inline void fill(const Arrangement& a, int image, int first_position, int first_channel, Shared& shared) {
+__device__ void fill(const Arrangement& a, int image, int first_position, int first_channel, Shared& shared) {
   const int i = threadIdx.x, position = first_position + i, nth = first_channel + i;
   if (i < kPositions) {
     const int y = position / a.grid.width;
@@ -44,7 +42,7 @@ __device__ inline void fill(const Arrangement& a, int image, int first_position,
 }
 
 // Block: some positions of one image, and some of its channels.
-__device__ inline void arrange(const Arrangement& a) {
+__global__ void __launch_bounds__(kThreads) arrange_kernel(const Arrangement a) {
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared());
   const unsigned tile = blockIdx.x / a.channel_tiles;
   const int first_channel = static_cast<int>(blockIdx.x % a.channel_tiles) * kChannels;
@@ -68,6 +66,31 @@ __device__ inline void arrange(const Arrangement& a) {
   }
 }
 
-}  // namespace arranging
+}  // namespace
+
+size_t arranged_bytes(const Lists& lists, int64_t batch, int64_t positions) {
+  const int64_t elements = batch * positions * lists.slots();
+  return (static_cast<size_t>(elements) * sizeof(uint16_t) + 15) / 16 * 16;
+}
+
+Grid arranged_grid(const Lists& lists, int height, int width) {
+  const int64_t slots = lists.slots();
+  return {height * width * slots, 1, width * slots, slots, height, width};
+}
+
+void arrange(const Lists& lists, const Images& images, const ImageTensor& source, int height, int width, void* arranged,
+             cudaStream_t stream) {
+  const int64_t* strides = source.strides;
+  const Arrangement a{lists,
+                      images,
+                      static_cast<const uint16_t*>(source.data),
+                      {strides[0], strides[1], strides[2], strides[3], height, width},
+                      strides[1] < strides[3],
+                      static_cast<uint16_t*>(arranged),
+                      to_grid(divided(int64_t{height} * width, kPositions)),
+                      to_grid(divided(lists.length, kChannels))};
+  const int64_t blocks = images.batch * (int64_t{a.position_tiles} * a.channel_tiles);
+  launch("arrange", arrange_kernel, dim3(to_grid(blocks)), kThreads, sizeof(Shared), stream, a);
+}
 
 }  // namespace pyext::masked_conv2d
