@@ -414,6 +414,11 @@ def is_reshape(node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method") and _name(node) in _RESHAPES
 
 
+def is_concatenation(node: fx.Node) -> bool:
+    """Whether `node` appends tensors' channels."""
+    return node.op == "call_function" and _name(node) in _CONCATENATIONS
+
+
 def _name(node: fx.Node) -> str:
     if isinstance(node.target, str):
         return node.target
