@@ -8,8 +8,8 @@ namespace pyext::masked_conv2d::arranged {
 
 using tiled::WeightTile;
 
-// Column tiles: those of a group's inputs, at each tap.
-constexpr int kLeastInputs = 32;  // fewer of them fill no tile: then columns are inputs times taps (weights.h)
+// Of a group. Fewer fill no tile, whose columns are inputs at one tap: then columns are inputs times taps (weights.h).
+constexpr int kLeastInputs = 32;
 
 template <typename T>
 struct Shared {
