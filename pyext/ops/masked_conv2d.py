@@ -151,6 +151,13 @@ def reference(
     return out
 
 
+def checked_activation(activation: str | None) -> str | None:
+    """`activation`; ValueError for an unknown one."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"masked_conv2d: activation is {activation!r}, expected one of {ACTIVATIONS}")
+    return activation
+
+
 def activate(v: Tensor, activation: int) -> Tensor:
     """The activation with that number."""
     return v if activation == 0 else F.relu(v) if activation == 1 else F.relu6(v)
@@ -323,8 +330,7 @@ def masked_conv2d(
         TypeError: wrong dtype.
         BackendError: the backend asked for cannot run.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"masked_conv2d: activation is {activation!r}, expected one of {ACTIVATIONS}")
+    checked_activation(activation)
     numbers = [*_pair("stride", stride), *_pair("padding", padding), *_pair("dilation", dilation)]
     numbers += groups, ACTIVATIONS.index(activation)
     ins = _list(inputs, weight.shape[1] * groups if weight.dim() > 1 else 0, x)

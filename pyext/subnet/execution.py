@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from pyext._backend import requested
 from pyext._C import unchanged
 from pyext.nn.hooks import has_forward_hooks
+from pyext.nn.masked import split_padding
 from pyext.ops.masked_conv2d import (
     ACTIVATIONS,
     OPERATOR,
@@ -383,9 +384,9 @@ class _Run:
         if self.dense:
             dense = self.compact.gathered(step, Dense, self._dense)
             return followed(dense(x), step)
-        padding, rest = _padding(conv)
-        if any(rest):
-            x = F.pad(x, rest)
+        before, padding = split_padding(conv)
+        if any(before):
+            x = F.pad(x, before)
         if self.prepared:
             return self.compact.gathered(step, PreparedConv2d, self._prepared)(x, self.subnets)
         norm = None if step.norm is None else self.recipe.modules[step.norm.name]
@@ -419,7 +420,13 @@ class _Run:
     def _prepared(self, step: Step) -> PreparedConv2d:
         conv, scale, shift = self._constants(step)
         lists = {"inputs": self.compact.lists(step.source), "outputs": self.compact.lists(step.node.name)}
-        numbers = [*conv.stride, *_padding(conv)[0], *conv.dilation, conv.groups, ACTIVATIONS.index(step.activation)]
+        numbers = [
+            *conv.stride,
+            *split_padding(conv)[1],
+            *conv.dilation,
+            conv.groups,
+            ACTIVATIONS.index(step.activation),
+        ]
         packed = pack_masked_conv2d(conv.weight, **lists, groups=conv.groups)
         return PreparedConv2d(conv.weight, scale, shift, **lists, numbers=numbers, packed=packed, pool=step.pool)
 
@@ -489,16 +496,6 @@ def affine(norm: Norm | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor
     if norm.bias is not None:
         shift = shift + norm.bias
     return scale.to(dtype), shift.to(dtype)
-
-
-def _padding(conv: nn.Conv2d) -> tuple[tuple[int, int], list[int]]:
-    """Zeros on both sides of rows and columns, and more that `torch.nn.functional.pad` is to add first."""
-    if not isinstance(conv.padding, str):
-        return conv.padding, []  # type: ignore[return-value]
-    total = [0, 0]
-    if conv.padding == "same":
-        total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-    return (total[0] // 2, total[1] // 2), [0, total[1] % 2, 0, total[0] % 2]
 
 
 def normalise(x: Tensor, norm: Norm, rows: Tensor) -> Tensor:

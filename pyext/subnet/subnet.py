@@ -134,8 +134,7 @@ class Subnet(nn.Module):
         self, classes: list[int], keep: float | None, threshold: float | None, scope: str, combine: str
     ) -> np.ndarray:
         chosen = np.array(classes)
-        importance = selection.combined(self.atlas, chosen, combine)
-        scores = selection.scores(self.plan, importance, combine)
+        scores = selection.class_scores(self.plan, self.atlas, chosen, combine)
         if threshold is not None:
             return selection.above(self.plan, scores, chosen, threshold)
         return selection.choose(self.plan, scores, chosen, float(keep or 0), scope)

@@ -311,6 +311,8 @@ class Called(nn.Module):
         (lambda net, x: torch.softmax(x, 1), "node softmax is an operation whose channels cannot be followed"),
         (lambda net, x: x.view(-1, 2, 2, 8, 8).flip(2).view(-1, 4, 8, 8), "node view is a reshape to"),
         (lambda net, x: x.mean(1, keepdim=True) * x, "node mean is a mean over 1, expected the positions"),
+        (lambda net, x: x.sum(1, keepdim=True) * x, "node sum_1 is a sum over 1, expected the positions"),
+        (lambda net, x: x[:, :, :, :4] * x.mean((2, 3)), "node mul is arithmetic with tensors of different dim"),
         (lambda net, x: torch.cat([x, x], dim=2), "node cat is a concatenation over dimension 2"),
         (lambda net, x: x[:, [1, 0, 3, 2]], "node getitem is an index into"),
         (lambda net, x: x if x.sum() > 0 else -x, "torch.fx cannot trace Called"),
@@ -324,6 +326,17 @@ class Called(nn.Module):
 def test_unsupported_coupling_names_its_node(function, message):
     with pytest.raises(UnsupportedNetwork, match=message):
         plan(Called(function), (3, 8, 8))
+
+
+@pytest.mark.parametrize("name", ["hcgnet", "hcgnet imagenet"])
+def test_plan_is_the_same_without_gradients_and_leaves_the_maps_that_all_channels_share_without_a_gate(name):
+    model, shape, atlas = case(name)
+    with torch.inference_mode():
+        found = plan(model, shape)
+    assert list(found.channels) == list(plan(model, shape).channels)
+    convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    assert atlas.layers == list(found.gates)
+    assert set(convolutions) - set(atlas.layers) == {name for name in convolutions if "context" in name}
 
 
 def test_layers_called_twice_and_shapes_that_are_none_are_refused():
