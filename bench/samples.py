@@ -16,6 +16,7 @@ from pyext import ops
 from pyext.ops.gated_excitation import PARAMETERS, RUNNING, reference
 from pyext.ops.hybrid_block import Extents, extents_of
 from pyext.ops.hybrid_block import reference as block_reference
+from pyext.ops.masked_conv2d import ACTIVATIONS
 from pyext.ops.memory_contrast import reference as contrast_reference
 from pyext.ops.memory_update import reference as update_reference
 from pyext.ops.peer_contrast import reference as peer_reference
@@ -156,6 +157,54 @@ def _reference_hybrid_block(call: Call, training: bool) -> Tensor:
     return block_reference(x, tensors, extents_of(tensors, **call.options))
 
 
+def _draw_masked(shape: Shape, dtype: torch.dtype, parameter_dtype: torch.dtype, layout: str, seed: int) -> Call:
+    """x (images, kept channels, height, width) of shape.input's channels in all, the weight and lists of a layer."""
+    inputs = from_tests("ops/masked_inputs.py")
+    others = dict(shape.others)
+    kernel, percent, activation = (others.pop(name) for name in ("kernel", "percent", "activation"))
+    layer = inputs.Masked(
+        *shape.input,
+        others.pop("outputs"),
+        (kernel, kernel),
+        keep=percent / 100,
+        activation=ACTIVATIONS[activation],
+        gated=bool(others.pop("gated")),
+        **others,
+    )
+    tensors, lists = inputs.make_masked(layer, dtype, parameter_dtype, seed)
+    tensors["x"] = from_tests("ops/layouts.py").in_layout(tensors["x"], layout)
+    options = {name: shape.others[name] for name in ("stride", "padding", "dilation", "groups", "activation")}
+    return Call(tensors, {}, lists, options)
+
+
+def _run_masked(call: Call, training: bool, **options: object) -> Tensor:
+    own = call.options | {"activation": ACTIVATIONS[call.options["activation"]]}
+    return ops.masked_conv2d(**call.leaves, **call.indices, **own, **options)
+
+
+def _reference_masked(call: Call, training: bool) -> Tensor:
+    return _run_masked(call, training, backend="reference")
+
+
+def _masked(
+    input: tuple[int, int, int, int],
+    outputs: int,
+    kernel: int = 3,
+    stride: int = 1,
+    dilation: int = 1,
+    groups: int = 1,
+    subnets: int = 1,
+    percent: int = 60,
+    activation: int = 1,
+    gated: bool = False,
+) -> Shape:
+    """`percent` of the channels are kept; padding keeps the map's size where there is no stride."""
+    padding = dilation * (kernel - 1) // 2
+    geometry = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    rest = {"subnets": subnets, "percent": percent, "activation": activation, "gated": gated}
+    return Shape(input, {"outputs": outputs, **geometry, **rest})
+
+
 def _block(input: tuple[int, ...], modules: int, growth: int, groups: int, stride: int = 1) -> Shape:
     widths = {"squeeze": 4 * growth, "growth": growth, "groups": groups, "attention": growth, "forget": growth}
     return Shape(input, {"modules": modules, **widths, "stride": stride, "dense": stride == 1})
@@ -239,6 +288,27 @@ SAMPLES = {
             (_block((2, 20, 8, 8), 2, 36, 4), torch.float16, "channels_last"),
         ),
         differentiable=False,
+        takes_out=False,
+    ),
+    "masked_conv2d": Samples(
+        _draw_masked,
+        _run_masked,
+        _reference_masked,
+        odd={
+            "odd": _masked((3, 7, 9, 11), 5),
+            "several sub-networks": _masked((5, 9, 6, 7), 8, subnets=3, gated=True),
+            "linear": _masked((9, 70, 1, 1), 150, kernel=1, subnets=2, activation=0),
+            "stride and dilation": _masked((2, 6, 15, 13), 7, stride=2, dilation=2, activation=2),
+            "groups": _masked((3, 36, 7, 5), 48, groups=2, subnets=2, percent=70, gated=True),
+            "depthwise": _masked((3, 21, 9, 8), 21, stride=2, groups=21, subnets=2, gated=True),
+            "gate without activation": _masked((2, 90, 5, 6), 70, activation=0, gated=True),
+        },
+        usual=(
+            (_masked((2, 64, 32, 32), 64), torch.float32, "nchw"),
+            (_masked((2, 128, 28, 28), 128), torch.bfloat16, "nchw"),
+            (_masked((2, 256, 14, 14), 512, stride=2, subnets=2), torch.float16, "channels_last"),
+            (_masked((2, 96, 14, 14), 96, groups=96, activation=2), torch.bfloat16, "nchw"),
+        ),
         takes_out=False,
     ),
     "memory_contrast": Samples(

@@ -66,6 +66,15 @@ __device__ __forceinline__ void copy_to_shared(void* shared, const void* global)
                : "memory");
 }
 
+// The same of the first `bytes` of them; zeros for the rest.
+__device__ __forceinline__ void copy_to_shared(void* shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "l"(__cvta_generic_to_global(global)),
+                 "r"(bytes)
+               : "memory");
+}
+
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" : : : "memory"); }
 
 }  // namespace pyext::cuda

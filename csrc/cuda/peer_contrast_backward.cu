@@ -248,7 +248,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int k = 0; k < kOutputs; ++k) {
       if (k == outputs) break;
       const T* columns = operands.columns(tile, plan.chunks() + k);  // its barrier comes after store_part
-      multiply<true>(sums[k], gradients + lane.row_warp * kPart * kPitch<T>, columns + lane.column_warp * kPart);
+      multiply<true, kDepth>(sums[k], gradients + lane.row_warp * kPart * kPitch<T>,
+                             columns + lane.column_warp * kPart);
     }
   }
 #pragma unroll

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import _C, Tensor
 
 from pyext import _backend, _library
-from pyext._operator import DTYPES, accumulate_dtype, no_cpu, no_reference, register_differentiable
+from pyext._operator import DTYPES, accumulate_dtype, no_cpu, no_cuda, no_reference, register_differentiable
 
 _OPS = torch.ops.pyext
 
@@ -271,8 +271,8 @@ def is_list(kept: Tensor, channels: int) -> bool:
 OPERATOR = _backend.register(
     _backend.Operator(
         "masked_conv2d",
-        {"cpu": lambda x, *_: no_cpu("x", x), "reference": no_reference},
-        unwritten=("cuda", "triton"),
+        {"cpu": lambda x, *_: no_cpu("x", x), "cuda": lambda x, *_: no_cuda("x", x), "reference": no_reference},
+        unwritten=("triton",),
     )
 )
 

@@ -38,6 +38,14 @@ __global__ void raise(const float* x, float* powers) {
   powers[threadIdx.x] = pyext::cuda::exp2_flushed(x[threadIdx.x]);
 }
 
+// Lane i copies the first i / 2 of its 16 bytes.
+__global__ void copy(const unsigned char* x, unsigned char* copies) {
+  unsigned char* own = pyext::cuda::dynamic_shared() + threadIdx.x * 16;
+  pyext::cuda::copy_to_shared(own, x + threadIdx.x * 16, static_cast<int>(threadIdx.x / 2));
+  pyext::cuda::wait_for_copies();
+  for (int i = 0; i < 16; ++i) copies[threadIdx.x * 16 + i] = own[i];
+}
+
 template <typename T>
 const char* run(const void* a, const void* b, float* d) {
   return guarded([&] {
@@ -53,6 +61,9 @@ extern "C" {
 const char* multiply_bfloat16(const void* a, const void* b, float* d) { return run<__nv_bfloat16>(a, b, d); }
 const char* raise_two(const float* x, float* powers) {
   return guarded([&] { pyext::cuda::launch("raise", raise, dim3(1), 32, 0, nullptr, x, powers); });
+}
+const char* copy_bytes(const unsigned char* x, unsigned char* copies) {
+  return guarded([&] { pyext::cuda::launch("copy", copy, dim3(1), 32, 32 * 16, nullptr, x, copies); });
 }
 const char* multiply_float16(const void* a, const void* b, float* d) { return run<__half>(a, b, d); }
 }

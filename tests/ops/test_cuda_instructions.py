@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import re
 import subprocess
 from pathlib import Path
 
@@ -35,6 +36,14 @@ def test_powers_of_two(library, device):
     torch.testing.assert_close(powers.double(), truth, rtol=torch.finfo(torch.float32).eps, atol=0, equal_nan=True)
 
 
+def test_copies_of_some_bytes(library, device):
+    x = torch.randint(1, 256, (32, 16), dtype=torch.uint8)
+    copies = device.empty("copies", 32, 16, dtype=torch.uint8)
+    library.call("copy_bytes", *(ctypes.c_void_p(t.data_ptr()) for t in (device.copy("x", x), copies)))
+    taken = torch.arange(16) < (torch.arange(32) // 2)[:, None]
+    assert torch.equal(copies, torch.where(taken, x, 0))
+
+
 def ptx(nvcc: str, source: str, architecture: str, folder: Path) -> str:
     target = folder / "kernels.ptx"
     flags = ["-std=c++17", "-O3", "-ptx", f"-arch=sm_{architecture}", "-I", ROOT / "csrc", "-o", target]
@@ -50,6 +59,7 @@ if (nvcc := find_nvcc()) is not None:
         for name in ("bf16", "f16"):
             assert f"mma.sync.aligned.m16n8k16.row.col.f32.{name}.{name}.f32" in text
         assert "ex2.approx.ftz.f32" in text
+        assert re.search(r"cp\.async\.cg\.shared\.global \[%r\d+\], \[%rd\d+\], 16, %r\d+;", text)
 
     @pytest.mark.parametrize("source", ["broken_kernels.cu", "language_kernels.cu"])
     def test_kernels_of_the_shims_tests_are_cuda(tmp_path, source):

@@ -6,6 +6,7 @@
 
 #include "cuda/device.h"
 #include "cuda/peer_contrast.h"
+#include "cuda/product.h"
 
 namespace pyext::peer_contrast {
 
@@ -81,7 +82,7 @@ struct Tile {
 };
 
 template <typename T>
-constexpr int kPitch = kDepth + 16 / sizeof(T);  // of a chunk in shared memory: neighbouring rows are 4 banks apart
+constexpr int kPitch = kChunkPitch<T, kDepth>;
 
 struct Plan {
   Sizes sizes;

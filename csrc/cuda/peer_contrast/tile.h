@@ -1,18 +1,10 @@
-// A tile of similarities: fetching rows and columns by chunks of features, and their product, on tensor cores for
-// 16-bit elements.
+// A tile of similarities: fetching rows and columns by chunks of features, and their product.
 #pragma once
 
 #include "cuda/instructions.h"
-#include "cuda/mma.h"
 #include "cuda/peer_contrast/plan.h"
 
 namespace pyext::peer_contrast {
-
-// A thread's results of a warp's 32 x 32 part: [m][n] are those of the mma of rows 16 m and columns 8 n.
-using Part = float[2][4][4];
-
-// Row 8 q + group and column 8 s + 2 member + e of a part.
-__device__ __forceinline__ float& at(Part& part, int q, int s, int e) { return part[q / 2][s][q % 2 * 2 + e]; }
 
 struct Lane {
   int row_warp, column_warp;
@@ -23,79 +15,6 @@ struct Lane {
         column_warp(threadIdx.x / kWarp % kColumnWarps),
         layout(threadIdx.x % kWarp) {}
 };
-
-// part += left right for one chunk. left[row][k] is the warp's rows; right is its columns, as right[column][k], or,
-// transposed, right[k][column].
-template <bool kTransposed, typename T>
-__device__ __forceinline__ void multiply(Part& part, const T* left, const T* right) {
-  const int lane = threadIdx.x % kWarp;
-#pragma unroll
-  for (int k = 0; k < kDepth; k += 16) {
-    uint32_t a[2][4], b[2][4];
-#pragma unroll
-    for (int m = 0; m < 2; ++m) load_matrices<false>(a[m], left + (m * 16 + lane % 16) * kPitch<T> + k + lane / 16 * 8);
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      const int column = 8 * (2 * n + lane / 16), of_k = k + lane / 8 % 2 * 8;
-      load_matrices<kTransposed>(b[n], kTransposed ? right + (of_k + lane % 8) * kPitch<T> + column
-                                                   : right + (column + lane % 8) * kPitch<T> + of_k);
-    }
-#pragma unroll
-    for (int m = 0; m < 2; ++m) {
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        mma_16x8x16<T>(part[m][n], a[m], {b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]});
-      }
-    }
-  }
-}
-
-// b[k][column] of two columns, from right[column][k], or, transposed, right[k][column].
-template <bool kTransposed, int K>
-__device__ __forceinline__ void load_columns(float (&b)[K][2], const float* right) {
-  if constexpr (kTransposed) {
-#pragma unroll
-    for (int i = 0; i < K; ++i) {
-      const Pack<float, 2> pair = load_pack<2>(right + i * kPitch<float>);
-      b[i][0] = pair.at[0];
-      b[i][1] = pair.at[1];
-    }
-  } else {
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const Pack<float, K> column = load_pack<K>(right + e * kPitch<float>);
-#pragma unroll
-      for (int i = 0; i < K; ++i) b[i][e] = column.at[i];
-    }
-  }
-}
-
-template <bool kTransposed>
-__device__ __forceinline__ void multiply(Part& part, const float* left, const float* right) {
-  constexpr int kStep = 4;
-  const MmaLayout layout(threadIdx.x % kWarp);
-#pragma unroll 1  // the next step's operands would take registers that there are not
-  for (int k = 0; k < kDepth; k += kStep) {
-    Pack<float, kStep> a[4];
-#pragma unroll
-    for (int q = 0; q < 4; ++q) a[q] = load_pack<kStep>(left + (8 * q + layout.group) * kPitch<float> + k);
-#pragma unroll
-    for (int s = 0; s < 4; ++s) {
-      const int column = 8 * s + 2 * layout.member;
-      float b[kStep][2];
-      load_columns<kTransposed>(b,
-                                kTransposed ? right + k * kPitch<float> + column : right + column * kPitch<float> + k);
-#pragma unroll
-      for (int i = 0; i < kStep; ++i) {
-#pragma unroll
-        for (int q = 0; q < 4; ++q) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) at(part, q, s, e) += a[q].at[i] * b[i][e];
-        }
-      }
-    }
-  }
-}
 
 // What a block reads: its rows, and stretch blockIdx.y of the columns, tile by tile, each by its chunks of features and
 // then (in the backward pass) once more by `outputs` chunks from first_output on.
@@ -152,7 +71,7 @@ class Operands {
     for (int chunk = 0; chunk < chunks_; ++chunk) {
       const T* right = columns(tile, chunk) + lane.column_warp * kPart * kPitch<T>;
       const T* rows = rows_ + (plan_.ahead() ? chunk : 0) * kRows * kPitch<T>;
-      multiply<false>(part, rows + lane.row_warp * kPart * kPitch<T>, right);
+      multiply<false, kDepth>(part, rows + lane.row_warp * kPart * kPitch<T>, right);
     }
   }
 

@@ -82,6 +82,14 @@ inline void copy_to_shared(void* shared, const void* global) {
   *static_cast<SixteenBytes*>(shared) = *static_cast<const SixteenBytes*>(global);
 }
 
+inline void copy_to_shared(void* shared, const void* global, int bytes) {
+  SixteenBytes copy{};
+  for (int i = 0; i < bytes; ++i) {
+    reinterpret_cast<unsigned char*>(&copy)[i] = static_cast<const unsigned char*>(global)[i];
+  }
+  *static_cast<SixteenBytes*>(shared) = copy;
+}
+
 inline void wait_for_copies() {}
 
 }  // namespace pyext::cuda
