@@ -20,9 +20,13 @@
 #define HYBRID_BLOCK "(Tensor x, Tensor[] tensors, int[] extents, float eps) -> Tensor"
 
 // The numbers are those of pyext/ops/masked_conv2d.py (Geometry) and csrc/math/masked_conv2d.h.
-#define MASKED_CONV2D_INPUTS                                                                                  \
+#define MASKED_CONV2D_INPUTS                                                                                \
   "Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor inputs, Tensor outputs, Tensor? subnets, " \
   "Tensor? gate, int[] numbers"
+#define MASKED_CONV2D_BACKWARD                                                                           \
+  "(Tensor grad_out, Tensor out, " MASKED_CONV2D_INPUTS                                                  \
+  ", bool for_x, bool for_parameters) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_scale, Tensor " \
+  "grad_shift, Tensor grad_gate)"
 
 #define MEMORY_CONTRAST                                                                                   \
   "(Tensor embeddings, Tensor[] banks, Tensor indices, float temperature, bool? tiled) -> (Tensor loss, " \
@@ -54,10 +58,10 @@ STABLE_TORCH_LIBRARY(pyext, m) {
   m.def("hybrid_block" HYBRID_BLOCK);
   m.def("hybrid_block_triton" HYBRID_BLOCK);
   m.def("masked_conv2d(" MASKED_CONV2D_INPUTS ", Tensor? packed=None) -> Tensor");
+  m.def("masked_conv2d_triton(" MASKED_CONV2D_INPUTS ", Tensor? packed=None) -> Tensor");
   m.def("masked_conv2d_pack(Tensor weight, Tensor inputs, Tensor outputs, int groups) -> Tensor");
-  m.def("masked_conv2d_backward(Tensor grad_out, Tensor out, " MASKED_CONV2D_INPUTS
-        ", bool for_x, bool for_parameters) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_scale, Tensor "
-        "grad_shift, Tensor grad_gate)");
+  m.def("masked_conv2d_backward" MASKED_CONV2D_BACKWARD);
+  m.def("masked_conv2d_backward_triton" MASKED_CONV2D_BACKWARD);
   m.def("memory_contrast" MEMORY_CONTRAST);
   m.def("memory_contrast_triton" MEMORY_CONTRAST);
   m.def("memory_contrast_backward" MEMORY_CONTRAST_BACKWARD);

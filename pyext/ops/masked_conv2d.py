@@ -20,7 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyext import _backend
-from pyext._operator import DTYPES, accumulate_dtype, no_cpu, no_reference, register_differentiable
+from pyext._operator import (
+    DTYPES,
+    accumulate_dtype,
+    no_cpu,
+    no_reference,
+    no_triton,
+    register_differentiable,
+    register_triton,
+    triton_kernels,
+)
 
 _OPS = torch.ops.pyext
 
@@ -251,8 +260,13 @@ def is_list(kept: Tensor, channels: int) -> bool:
 OPERATOR = _backend.register(
     _backend.Operator(
         "masked_conv2d",
-        {"cpu": lambda x, *_: no_cpu("x", x), "reference": no_reference},
-        unwritten=("cuda", "triton"),
+        {
+            "cpu": lambda x, *_: no_cpu("x", x),
+            # Before the kernels of GPUs, whose speed was not measured: auto may not be slower than plain torch.
+            "reference": no_reference,
+            "triton": lambda x, *_: no_triton("x", x),
+        },
+        unwritten=("cuda",),
     )
 )
 
@@ -325,8 +339,9 @@ def masked_conv2d(
     if name == "reference":
         validate(*arguments, geometry)
         return reference(*arguments, geometry)
+    op = _OPS.masked_conv2d_triton if name == "triton" else _OPS.masked_conv2d
     try:
-        return _OPS.masked_conv2d(*arguments, geometry.numbers(), packed)
+        return op(*arguments, geometry.numbers(), packed)
     except RuntimeError:
         # The kernels check what memory safety needs; the sentence that names the argument is made here.
         validate(*arguments, geometry)
@@ -542,6 +557,18 @@ def _backward(op, ctx, grad_out):
     return *found[:4], None, None, None, found[4], None, None
 
 
+def _triton_forward(x, weight, scale, shift, inputs, outputs, subnets, gate, numbers, packed=None):
+    arguments = x, weight, scale, shift, inputs, outputs, subnets, gate
+    validate(*arguments, Geometry.of(numbers), values=not x.is_cuda)  # kernels read what shapes promise
+    return triton_kernels("masked_conv2d").forward(*arguments, numbers)
+
+
+def _triton_backward(*args):
+    return tuple(triton_kernels("masked_conv2d").backward(*args))
+
+
 torch.library.register_fake("pyext::masked_conv2d_pack")(_fake_pack)
 torch.library.impl("pyext::masked_conv2d_backward", "CPU")(backward)
-register_differentiable("masked_conv2d", _fake, _fake_backward, _setup_context, _backward, variants=("",))
+register_differentiable("masked_conv2d", _fake, _fake_backward, _setup_context, _backward)
+register_triton("masked_conv2d_triton", _triton_forward)
+register_triton("masked_conv2d_backward_triton", _triton_backward)
