@@ -43,6 +43,9 @@ MIN_BLOCK = 16
 """The least extent that `tl.dot` takes."""
 WANTED_PROGRAMS = 1024
 """Enough for a large GPU, the same on each, so that results are."""
+FULL_GPU = 264
+"""Programs below which a smaller tile leaves less of a large GPU idle: two for each of its multiprocessors."""
+LEAST_POSITIONS = 32
 LEAST_STEPS = 16
 """Tiles of positions that a program of the weight's gradient adds up, where there are as many."""
 INT32_OFFSETS = 2**31
@@ -221,18 +224,48 @@ def inverse_kernel(lists, inverse, channels, length, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _operands(
+    i, taps_h, taps_w, of_depths, weight, weight_strides, scale, kept, of_source, p, exists,
+    TRANSPOSED: tl.constexpr, POINTWISE: tl.constexpr, INDEX: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Tiles [rows, depths] of the weight and [depths, positions] of the source: a block of depths under one tap."""
+    depths, low, high, first_channel, end_channel = of_depths
+    source, source_strides, columns, extents, origin, step, tap_step = of_source
+    taps = tl.maximum(taps_h * taps_w, 1)
+    tap = i % taps
+    k = low + i // taps * BLOCK_K + tl.arange(0, BLOCK_K)
+    depth = tl.load(depths + k, k < high, -1)
+    present = (depth >= first_channel) & (depth < end_channel)
+    depth = tl.where(present, depth, first_channel).to(INDEX)
+    offset = (depth if TRANSPOSED else depth - first_channel) * weight_strides[1]
+    offset += tap // taps_w * weight_strides[2] + tap % taps_w * weight_strides[3]
+    element = source.dtype.element_ty
+    if TRANSPOSED:  # lanes along what lies close together in memory
+        w = tl.load(weight[None, :] + offset[:, None], present[:, None] & kept[None, :], 0.0)
+        if scale is not None:
+            w = w.to(tl.float32) * tl.load(scale + depth, present, 0.0).to(tl.float32)[:, None]
+        w = tl.trans(w.to(element))
+    else:
+        w = tl.load(weight[:, None] + offset[None, :], kept[:, None] & present[None, :], 0.0).to(element)
+    place, inside = _place(p, columns, step, origin, tap, taps_w, tap_step, extents, source_strides, POINTWISE)
+    mask = present[:, None] & (inside & exists)[None, :]
+    return w, tl.load((source + place)[None, :] + (k.to(INDEX) * source_strides[1])[:, None], mask, 0.0)
+
+
+@triton.jit
 def product_kernel(
     source, weight, scale, shift, gate, target, rows, depths, subnet_of, order, begins,
     source_strides, weight_strides, target_strides, extents, origin, step, tap_step, taps_h, taps_w,
     images, columns, positions, position_blocks, subnets, num_rows, num_depths, groups, rows_per_group,
     depths_per_group, row_blocks,
     ACTIVATION: tl.constexpr, TRANSPOSED: tl.constexpr, MIXED: tl.constexpr, GROUPED: tl.constexpr,
-    POINTWISE: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    POINTWISE: tl.constexpr, FLAT: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """target[image, row, p] = sum over depths and taps of weight times source: a tile of rows of one group.
 
-    TRANSPOSED: the weight's first two dimensions have changed places, and `scale` belongs to the depth.
+    TRANSPOSED: the weight's first two dimensions have changed places, and `scale` belongs to the depth. AHEAD: operands
+    are loaded one step before they are multiplied, which the compiler does by itself for elements of 32 bits.
     """
     block, rest = tl.program_id(0) % row_blocks, tl.program_id(0) // row_blocks
     group, rest = rest % groups, rest // groups
@@ -257,29 +290,32 @@ def product_kernel(
     image, p, exists = _positions(first, stop, position_block, order, positions, MIXED, INDEX, BLOCK_P, BLOCK_Q)
     source += image * source_strides[0]
     weight += (channel - group * rows_per_group if TRANSPOSED else channel) * weight_strides[0]
-    element = source.dtype.element_ty
+    depths += subnet.to(tl.int64) * num_depths
+    high = tl.where(subnet < subnets, high, low)
+    of_depths = depths, low, high, group * depths_per_group, (group + 1) * depths_per_group
+    of_source = source, source_strides, columns, extents, origin, step, tap_step
     taps = taps_h * taps_w
     steps = tl.cdiv(tl.maximum(high - low, 0), BLOCK_K) * taps
     sums = tl.zeros([BLOCK_R, BLOCK_P], tl.float32)
-    for i in range(0, steps):
-        tap = i % taps
-        k = low + i // taps * BLOCK_K + tl.arange(0, BLOCK_K)
-        depth, present = _channels(depths, subnet, subnets, num_depths, k, high, group, depths_per_group, INDEX)
-        offset = (depth if TRANSPOSED else depth - group * depths_per_group) * weight_strides[1]
-        offset += tap // taps_w * weight_strides[2] + tap % taps_w * weight_strides[3]
-        if TRANSPOSED:  # lanes along what lies close together in memory
-            w = tl.load(weight[None, :] + offset[:, None], present[:, None] & kept[None, :], 0.0)
-            if scale is not None:
-                w = w.to(tl.float32) * tl.load(scale + depth, present, 0.0).to(tl.float32)[:, None]
-            w = tl.trans(w.to(element))
-        else:
-            w = tl.load(weight[:, None] + offset[None, :], kept[:, None] & present[None, :], 0.0).to(element)
-        place, inside = _place(
-            p, columns, step, origin, tap, taps_w, tap_step, extents, source_strides, POINTWISE
+    if AHEAD:
+        w, a = _operands(
+            0, taps_h, taps_w, of_depths, weight, weight_strides, scale, kept, of_source, p, exists,
+            TRANSPOSED, POINTWISE, INDEX, BLOCK_K,
         )  # fmt: skip
-        mask = present[:, None] & (inside & exists)[None, :]
-        a = tl.load((source + place)[None, :] + (k.to(INDEX) * source_strides[1])[:, None], mask, 0.0)
-        sums = tl.dot(w, a, sums, input_precision=PRECISION)
+    for i in range(0, steps):
+        if AHEAD:
+            next_w, next_a = _operands(
+                i + 1, taps_h, taps_w, of_depths, weight, weight_strides, scale, kept, of_source, p, exists,
+                TRANSPOSED, POINTWISE, INDEX, BLOCK_K,
+            )  # fmt: skip
+            sums = tl.dot(w, a, sums, input_precision=PRECISION)
+            w, a = next_w, next_a
+        else:
+            w, a = _operands(
+                i, taps_h, taps_w, of_depths, weight, weight_strides, scale, kept, of_source, p, exists,
+                TRANSPOSED, POINTWISE, INDEX, BLOCK_K,
+            )  # fmt: skip
+            sums = tl.dot(w, a, sums, input_precision=PRECISION)
     # Computed anew, which the compiler must not see: kept over the loop, they would take all registers.
     first += tl.minimum(steps, 0)
     image, p, exists = _positions(first, stop, position_block, order, positions, MIXED, INDEX, BLOCK_P, BLOCK_Q)
@@ -337,7 +373,7 @@ def direct_kernel(
         )  # fmt: skip
         mask = (k >= 0)[:, None] & (inside & exists)[None, :]
         a = tl.load((source + place)[None, :] + (k.to(INDEX) * source_strides[1])[:, None], mask, 0.0)
-        sums += tl.where(mask, w[:, None] * a.to(tl.float32), 0.0)
+        sums += w[:, None] * a.to(tl.float32)
     if TRANSPOSED:
         v = sums
     else:
@@ -422,12 +458,38 @@ def shift_gradient_kernel(
 
 
 @triton.jit
+def _gradient_operands(
+    i, of_chunk, of_dv, of_x, MIXED: tl.constexpr, POINTWISE: tl.constexpr, FLAT: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """Tiles [rows, positions] of dv and [columns, positions] of x: a block of positions of a chunk."""
+    first, stop, order, block, blocks, positions, columns = of_chunk
+    dv, dv_strides, at_offset, kept = of_dv
+    x, x_strides, k_offset, present, extents, origin, step, tap_step, tap, taps_w = of_x
+    begin = first + i // blocks * (BLOCK_P // BLOCK_Q)
+    more = begin < stop
+    if MIXED and BLOCK_P == BLOCK_Q:
+        begin = tl.load(order + begin, more, 0).to(tl.int64)
+    image, p, exists = _positions(
+        begin, stop, block + i % blocks, order, positions, MIXED, INDEX, BLOCK_P, BLOCK_Q
+    )  # fmt: skip
+    exists = exists & more
+    place = p * dv_strides[3] if FLAT else p // columns * dv_strides[2] + p % columns * dv_strides[3]
+    pointer = (dv + image * dv_strides[0] + place)[None, :] + at_offset[:, None]
+    d = tl.load(pointer, kept[:, None] & exists[None, :], 0.0)
+    place, inside = _place(p, columns, step, origin, tap, taps_w, tap_step, extents, x_strides, POINTWISE)
+    pointer = (x + image * x_strides[0] + place)[None, :] + k_offset[:, None]
+    return d, tl.load(pointer, present[:, None] & (inside & exists)[None, :], 0.0)
+
+
+@triton.jit
 def weight_gradient_kernel(
     dv, x, partial, outputs, inputs, order, begins, dv_strides, x_strides, extents, origin, step, tap_step,
     taps_h, taps_w, images, columns, positions, subnets, num_outputs, num_inputs, groups, outputs_per_group,
     inputs_per_group, row_blocks, column_blocks, chunk_images, chunk_blocks, position_chunks,
-    MIXED: tl.constexpr, GROUPED: tl.constexpr, POINTWISE: tl.constexpr, PRECISION: tl.constexpr,
-    INDEX: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+    MIXED: tl.constexpr, GROUPED: tl.constexpr, POINTWISE: tl.constexpr, FLAT: tl.constexpr, AHEAD: tl.constexpr,
+    PRECISION: tl.constexpr, INDEX: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """partial[chunk, tap, place of output, input within its group] = sum over the chunk of dv times x.
 
@@ -452,24 +514,25 @@ def weight_gradient_kernel(
     channel, present = _channels(inputs, subnet, subnets, num_inputs, k, high, group, inputs_per_group, INDEX)
     if tl.max(kept.to(tl.int32), axis=0) * tl.max(present.to(tl.int32), axis=0) == 0:
         return
-    at_offset, k_offset = at.to(INDEX) * dv_strides[1], k.to(INDEX) * x_strides[1]
     block = (chunk % position_chunks).to(tl.int32) * chunk_blocks
-    block_stop = tl.minimum(block + chunk_blocks, tl.cdiv(positions, BLOCK_Q))
+    blocks = tl.minimum(block + chunk_blocks, tl.cdiv(positions, BLOCK_Q)) - block
+    of_chunk = first, stop, order, block, blocks, positions, columns
+    of_dv = dv, dv_strides, at.to(INDEX) * dv_strides[1], kept
+    of_x = x, x_strides, k.to(INDEX) * x_strides[1], present, extents, origin, step, tap_step, tap, taps_w
+    steps = tl.cdiv(stop - first, BLOCK_P // BLOCK_Q).to(tl.int32) * blocks
     sums = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    for i in range(0, tl.cdiv(stop - first, BLOCK_P // BLOCK_Q).to(tl.int32) * (block_stop - block)):
-        begin = first + i // (block_stop - block) * (BLOCK_P // BLOCK_Q)
-        if MIXED and BLOCK_P == BLOCK_Q:
-            begin = tl.load(order + begin).to(tl.int64)
-        image, p, exists = _positions(
-            begin, stop, block + i % (block_stop - block), order, positions, MIXED, INDEX, BLOCK_P, BLOCK_Q
-        )  # fmt: skip
-        place = p // columns * dv_strides[2] + p % columns * dv_strides[3]
-        pointer = (dv + image * dv_strides[0] + place)[None, :] + at_offset[:, None]
-        d = tl.load(pointer, kept[:, None] & exists[None, :], 0.0)
-        place, inside = _place(p, columns, step, origin, tap, taps_w, tap_step, extents, x_strides, POINTWISE)
-        pointer = (x + image * x_strides[0] + place)[None, :] + k_offset[:, None]
-        a = tl.load(pointer, present[:, None] & (inside & exists)[None, :], 0.0)
-        sums = tl.dot(d, tl.trans(a), sums, input_precision=PRECISION)
+    if AHEAD:
+        d, a = _gradient_operands(0, of_chunk, of_dv, of_x, MIXED, POINTWISE, FLAT, INDEX, BLOCK_P, BLOCK_Q)
+    for i in range(0, steps):
+        if AHEAD:
+            next_d, next_a = _gradient_operands(
+                i + 1, of_chunk, of_dv, of_x, MIXED, POINTWISE, FLAT, INDEX, BLOCK_P, BLOCK_Q
+            )  # fmt: skip
+            sums = tl.dot(d, tl.trans(a), sums, input_precision=PRECISION)
+            d, a = next_d, next_a
+        else:
+            d, a = _gradient_operands(i, of_chunk, of_dv, of_x, MIXED, POINTWISE, FLAT, INDEX, BLOCK_P, BLOCK_Q)
+            sums = tl.dot(d, tl.trans(a), sums, input_precision=PRECISION)
     partial += (chunk * (taps_h * taps_w) + tap) * num_outputs * inputs_per_group
     offset = at.to(tl.int64)[:, None] * inputs_per_group + (channel - group * inputs_per_group)[None, :]
     tl.store(partial + offset, sums, kept[:, None] & present[None, :])
@@ -480,8 +543,8 @@ def direct_weight_gradient_kernel(
     dv, x, partial, outputs, inverse, order, begins, dv_strides, x_strides, extents, origin, step, tap_step,
     taps_h, taps_w, images, columns, positions, subnets, num_outputs, output_channels, input_channels,
     outputs_per_group, inputs_per_group, row_blocks, chunk_images, chunk_blocks, position_chunks,
-    MIXED: tl.constexpr, POINTWISE: tl.constexpr, INDEX: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
+    MIXED: tl.constexpr, POINTWISE: tl.constexpr, FLAT: tl.constexpr, INDEX: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """`weight_gradient_kernel` element by element, for small groups."""
     block, rest = tl.program_id(0) % row_blocks, tl.program_id(0) // row_blocks
@@ -495,23 +558,15 @@ def direct_weight_gradient_kernel(
     channel, kept = _channels(outputs, subnet, subnets, num_outputs, at, num_outputs, 0, output_channels, INDEX)
     source = channel // outputs_per_group * inputs_per_group + own_input
     k = tl.load(inverse + subnet.to(tl.int64) * input_channels + source, kept, -1)
-    at_offset, k_offset = at.to(INDEX) * dv_strides[1], k.to(INDEX) * x_strides[1]
     block = (chunk % position_chunks).to(tl.int32) * chunk_blocks
-    block_stop = tl.minimum(block + chunk_blocks, tl.cdiv(positions, BLOCK_Q))
+    blocks = tl.minimum(block + chunk_blocks, tl.cdiv(positions, BLOCK_Q)) - block
+    of_chunk = first, stop, order, block, blocks, positions, columns
+    of_dv = dv, dv_strides, at.to(INDEX) * dv_strides[1], k >= 0
+    of_x = x, x_strides, k.to(INDEX) * x_strides[1], k >= 0, extents, origin, step, tap_step, tap, taps_w
     sums = tl.zeros([BLOCK_R, BLOCK_P], tl.float32)
-    for i in range(0, tl.cdiv(stop - first, BLOCK_P // BLOCK_Q).to(tl.int32) * (block_stop - block)):
-        begin = first + i // (block_stop - block) * (BLOCK_P // BLOCK_Q)
-        if MIXED and BLOCK_P == BLOCK_Q:
-            begin = tl.load(order + begin).to(tl.int64)
-        image, p, exists = _positions(
-            begin, stop, block + i % (block_stop - block), order, positions, MIXED, INDEX, BLOCK_P, BLOCK_Q
-        )  # fmt: skip
-        place, inside = _place(p, columns, step, origin, tap, taps_w, tap_step, extents, x_strides, POINTWISE)
-        mask = (k >= 0)[:, None] & (inside & exists)[None, :]
-        a = tl.load((x + image * x_strides[0] + place)[None, :] + k_offset[:, None], mask, 0.0).to(tl.float32)
-        place = p // columns * dv_strides[2] + p % columns * dv_strides[3]
-        d = tl.load((dv + image * dv_strides[0] + place)[None, :] + at_offset[:, None], mask, 0.0)
-        sums += d.to(tl.float32) * a
+    for i in range(0, tl.cdiv(stop - first, BLOCK_P // BLOCK_Q).to(tl.int32) * blocks):
+        d, a = _gradient_operands(i, of_chunk, of_dv, of_x, MIXED, POINTWISE, FLAT, INDEX, BLOCK_P, BLOCK_Q)
+        sums += d.to(tl.float32) * a.to(tl.float32)
     partial += (chunk * (taps_h * taps_w) + tap) * num_outputs * inputs_per_group
     tl.store(partial + at.to(tl.int64) * inputs_per_group + own_input, tl.sum(sums, axis=1), k >= 0)
 
@@ -535,14 +590,14 @@ def weight_sum_kernel(
         at = tl.load(inverse_outputs + tl.cast(subnet, tl.int64) * output_channels + output)
         if at >= 0:
             k = tl.load(inverse_inputs + tl.cast(subnet, tl.int64) * input_channels + channel, exists, -1)
-            base, count = tl.cast(0, tl.int64), tl.cast(images, tl.int64)
+            base, count = 0, images
             if MIXED:
-                first = tl.load(begins + subnet)
-                base, count = first // chunk_images + subnet, tl.load(begins + subnet + 1) - first
-            base *= position_chunks
-            for chunk in range(base, base + tl.cdiv(count, chunk_images) * position_chunks):
-                place = ((chunk * taps + tap) * num_outputs + at) * inputs_per_group + own_input
-                sums += tl.load(partial + place, k >= 0, 0.0)
+                first = tl.load(begins + subnet).to(tl.int32)
+                base, count = first // chunk_images + subnet, tl.load(begins + subnet + 1).to(tl.int32) - first
+            place = (tap * num_outputs + at) * tl.cast(inputs_per_group, tl.int64) + own_input
+            for chunk in range(0, tl.cdiv(count, chunk_images) * position_chunks):
+                row = (base * position_chunks + chunk).to(tl.int64) * taps * num_outputs
+                sums += tl.load(partial + row * inputs_per_group + place, k >= 0, 0.0)
     factor = 1.0
     if scale is not None:
         factor = tl.load(scale + output).to(tl.float32)
@@ -668,27 +723,39 @@ def _on_tensor_cores(dtype: torch.dtype) -> bool:
 
 
 class Blocks(NamedTuple):
-    """The largest that spill no registers: without tensor cores operands take registers, too."""
+    """Positions in a tile, at most, and constants and launch options of a kernel: the largest that spill no registers.
+
+    Without tensor cores operands take registers, too. Elements of 16 bits are not copied asynchronously.
+    """
 
     positions: int
-    options: dict[str, int]
+    options: dict[str, int | bool]
 
     @classmethod
     def of_product(cls, rows: int, depths: int, dtype: torch.dtype) -> Blocks:
-        if not _on_tensor_cores(dtype):
-            return cls(64, {"BLOCK_R": _part(rows, 16, 32), "BLOCK_K": 16, "num_warps": 4, "num_stages": 1})
-        sizes = {"BLOCK_R": _part(rows, 16, 64), "BLOCK_K": _part(depths, 16, 32)}
-        return cls(128, {**sizes, "num_warps": 8, "num_stages": 2})
+        options = {"BLOCK_R": _part(rows, 16, 64), "BLOCK_K": _part(depths, 16, 32), "AHEAD": dtype != torch.float32}
+        if _on_tensor_cores(dtype):
+            return cls(128, options)
+        return cls(64, {**options, "BLOCK_R": _part(rows, 16, 32), "BLOCK_K": 16, "num_stages": 1})
 
     @classmethod
     def of_weight_gradient(cls, rows: int, columns: int, dtype: torch.dtype) -> Blocks:
-        most, stages = (64, 2) if _on_tensor_cores(dtype) else (32, 1)
-        sizes = {"BLOCK_R": _part(rows, 16, most), "BLOCK_C": _part(columns, 16, most)}
-        return cls(32, {**sizes, "num_warps": 4, "num_stages": stages})
+        options = {"AHEAD": dtype != torch.float32, "num_warps": 8, "num_stages": 2}
+        if _on_tensor_cores(dtype):
+            return cls(32, {"BLOCK_R": _part(rows, 16, 128), "BLOCK_C": _part(columns, 16, 64), **options})
+        sizes = {"BLOCK_R": _part(rows, 16, 32), "BLOCK_C": _part(columns, 16, 32)}
+        return cls(32, {**sizes, **options, "num_warps": 4, "num_stages": 1})
 
     @classmethod
     def direct(cls, rows: int) -> Blocks:
         return cls(128, {"BLOCK_R": _part(rows, 1, 8)})
+
+    def filling(self, positions: int, programs: int) -> Blocks:
+        """The same, or fewer positions in a tile where tiles of `positions` in all, times `programs`, would be few."""
+        most = self.positions
+        while most > LEAST_POSITIONS and triton.cdiv(positions, most) * programs < FULL_GPU:
+            most //= 2
+        return Blocks(most, {**self.options, "num_warps": 8 if most == 128 and "BLOCK_K" in self.options else 4})
 
 
 @dataclass(frozen=True)
@@ -775,6 +842,9 @@ class Layer:
         blocks = Blocks.of_product(rows.kept_of_group, depths.kept_of_group, source.dtype)
         if self.direct:
             blocks = Blocks.direct(rows.kept)
+        row_blocks = triton.cdiv(rows.kept if self.direct else rows.kept_of_group, blocks.options["BLOCK_R"])
+        programs = row_blocks * (1 if self.direct else self.groups)
+        blocks = blocks.filling(self.images * positions, programs)
         tile = self.tile_of(positions, blocks.positions)
         of_tile = tile["BLOCK_P"] // tile["BLOCK_Q"]
         position_blocks = triton.cdiv(positions, tile["BLOCK_Q"])
@@ -798,14 +868,12 @@ class Layer:
             **tile,
         }
         if self.direct:
-            row_blocks = triton.cdiv(rows.kept, options["BLOCK_R"])
-            direct_kernel[(tiles * row_blocks,)](
+            direct_kernel[(tiles * programs,)](
                 *tensors, depths.inverse(), *places, rows.channels, depths.channels, rows.per_group, depths.per_group,
                 row_blocks, **options,
             )  # fmt: skip
             return
-        row_blocks = triton.cdiv(rows.kept_of_group, options["BLOCK_R"])
-        product_kernel[(tiles * self.groups * row_blocks,)](
+        product_kernel[(tiles * programs,)](
             *tensors, depths.lists, *places, depths.kept, self.groups, rows.per_group, depths.per_group, row_blocks,
             GROUPED=self.groups > 1, PRECISION=_precision(), **options,
         )  # fmt: skip
@@ -903,6 +971,7 @@ class BackwardPass:
         options = {
             "MIXED": layer.mixed,
             "POINTWISE": layer.walk.is_pointwise(self.x, self.weight, extents),
+            "FLAT": _is_flat(dv),
             "INDEX": _index_type((dv, self.x), self.weight),
             **blocks.options,
             **tile,
