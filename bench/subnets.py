@@ -1,4 +1,4 @@
-"""`python -m bench.subnets`: sub-networks of a small VGG on the digits, and the speed of dissection.
+"""`python -m bench.subnets`: sub-networks of a small VGG on the digits, the speed of dissection and of switching.
 
 A network is trained on the digits at 32x32 and dissected on its training images. Sub-networks by the atlas, by random
 scores and by the size of filters, all of at most the same parameters, are compared on held-out images of their classes
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from bench.machine import facts
 from pyext import subnet
 from pyext.checkpoint import atomic_save, load_weights
+from pyext.models import densenet40_12, hcgnet_a1, resnet32, vgg16
 from pyext.subnet import selection
 from pyext.subnet.dissection import Gated, Settings, find_gates
 from pyext.subnet.pictures import draw_accuracy
@@ -37,6 +38,8 @@ METHODS = ("atlas", "atlas, per layer", "atlas, mean", "random", "magnitude")
 RECALIBRATED = ("atlas", "random", "magnitude")
 KEEP = 0.11
 OTHERS = ("whole", "random, recalibrated", "magnitude, recalibrated")
+SWITCHED = {"VGG16-BN": vgg16, "ResNet-32": resnet32, "DenseNet-40-12": densenet40_12, "HCGNet-A1": hcgnet_a1}
+"""Networks for images of 32x32 and 100 classes, as they are begun."""
 SUBSETS = 20
 """Sub-tasks that are drawn for each number of classes between 2 and 10."""
 
@@ -83,9 +86,7 @@ def trained(data: ImageData, epochs: int, seed: int, path: Path) -> nn.Module:
 def group_scores(sub: subnet.Subnet, method: str, classes: Sequence[int], seed: int) -> np.ndarray:
     """The score of each channel group by `method`."""
     if method.startswith("atlas"):
-        combine = "mean" if method == "atlas, mean" else "max"
-        found = {layer: sub.atlas.importance(layer)[list(classes)].numpy() for layer in sub.atlas.layers}
-        merged = {layer: v.max(0) if combine == "max" else v.mean(0) for layer, v in found.items()}
+        merged = selection.combined(sub.atlas, np.array(classes), "mean" if method == "atlas, mean" else "max")
     elif method == "random":
         random = np.random.default_rng([seed, *classes])
         merged = {layer: random.random(sums.shape[1]) for layer, sums in sub.atlas.sums.items()}
@@ -239,6 +240,42 @@ def speed(network: nn.Module, images: Tensor, rounds: int = 3, per_image: int = 
     return {name: 1 / statistics.median(values) for name, values in seconds.items()}
 
 
+def dissection_work(network: nn.Module, size: int, steps: int = 30) -> float:
+    """Floating-point operations of one image's dissection: forward each step and once more, backward to the maps."""
+    traced = subnet.plan(network, (3, size, size))
+    rows = selection.costs(traced, np.ones(len(traced.fixed), dtype=bool))
+    forward = sum(row.multiply_adds for row in rows)
+    return 2 * ((steps + 1) * forward + steps * (forward - rows[0].multiply_adds))  # nobody asks for the images' own
+
+
+def switching(network: nn.Module, size: int, count: int = 200) -> dict[str, float]:
+    """Microseconds, medians over `count` pairs of classes that come for the first time, by a drawn atlas."""
+    generator, traced = torch.Generator().manual_seed(0), subnet.plan(network, (3, size, size))
+    classes = len(traced.classes)
+    widths = {layer: len(traced.groups_of(layer)) for layer in traced.gates}
+    sums = {layer: torch.randint(2**37, (classes, width), generator=generator) for layer, width in widths.items()}
+    seen = torch.ones(classes, dtype=torch.int64)
+    atlas = subnet.Atlas(sums, seen, subnet.fingerprint(network), traced.input_shape, {})
+    sub = subnet.reconstruct(network, atlas, [0, 1])
+    found: dict[str, list[float]] = {"scores": [], "choice": [], "switch": [], "switch back": []}
+    for pair in list(itertools.combinations(range(classes), 2))[-count:]:
+        last = sub.classes
+        start = time.perf_counter()
+        scores = selection.scores(sub.plan, selection.combined(atlas, np.array(pair), "max"), "max")
+        scored = time.perf_counter()
+        selection.choose(sub.plan, scores, np.array(pair), KEEP, "global")
+        chosen = time.perf_counter()
+        sub.switch(pair, keep=KEEP)
+        switched = time.perf_counter()
+        sub.switch(last, keep=KEEP)
+        back = time.perf_counter()
+        sub.switch(pair, keep=KEEP)
+        times = (scored - start, chosen - scored, switched - chosen, back - switched)
+        for values, seconds in zip(found.values(), times, strict=True):
+            values.append(1e6 * seconds)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
 def mean(records: Sequence[dict[str, Any]], key: str, size: int, keep: float) -> float:
     """Over the sub-tasks of `size` classes at the share `keep`, in per cent."""
     return 100 * statistics.mean(r[key] for r in records if len(r["classes"]) == size and r["keep"] == keep)
@@ -279,6 +316,12 @@ def report(saved: dict[str, Any]) -> str:
         f"| {name} | {rate:.2f} | {rate / found['published loop']:.1f} | {rate / found['loop, weights frozen']:.1f} |"
         for name, rate in found.items()
     )
+    work = dissection_work(SmallVGG().eval(), 32) / 1e9
+    fastest, twenty = work * max(found.values()), 20 * work * found["published loop"]
+    switches = "\n".join(
+        f"| {name} | {' | '.join(f'{value:.0f}' for value in row.values())} |"
+        for name, row in saved["switching"]["microseconds"].items()
+    )
     return f"""# Sub-networks on the digits
 
 `python -m bench.subnets`, {saved["machine"]["date"]}, {saved["machine"]["CPU"]}. Six convolutions of {WIDTHS} channels,
@@ -304,9 +347,23 @@ Where other programs run, ratios of 10 to 20 were seen, since the loop suffers m
 Ratios are to the published form (image after image; it computes the weights' gradients and does not use them) and to
 the same loop with frozen weights. All find the same gates (float64, 1e-9).
 
+What bounds it is arithmetic: an image takes {work:.2f} GFLOP (31 times forward, 30 times backward, without the weights'
+gradients). The fastest row computes {fastest:.0f} GFLOP/s, elementwise work beside it. Twenty times the loop
+would be {twenty:.0f}; the machine of this table has 522 in float32 at most, and 312 to 381 by oneDNN's convolutions.
+
 | | images/s | x published loop | x loop, weights frozen |
 |---|---|---|---|
 {rows}
+
+## Switching
+
+To another pair of classes at 11 %, {saved["switching"]["threads"]} thread(s), {saved["switching"]["CPU"]}: in us,
+medians over pairs that come for the first time. Scores and choice are part of the switch; the rest prepares the layers.
+Weights are gathered by the first image.
+
+| | scores | choice | switch | switch back |
+|---|---|---|---|---|
+{switches}
 """
 
 
@@ -322,7 +379,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=Path("runs/subnets"), help="networks and atlases (%(default)s)")
-    parser.add_argument("--only", choices=["experiment", "speed", "tables"], help="the rest is read from the records")
+    parser.add_argument(
+        "--only", choices=["experiment", "speed", "switching", "tables"], help="the rest is read from the records"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -338,6 +397,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         network = trained(data, options.epochs, 0, options.folder / "network0.pt")
         images = data.preprocessing.normalise(data.train.images[:128])  # type: ignore[union-attr]
         saved["speed"] = {"threads": options.threads, "images_per_second": speed(network, images)}
+        path.write_text(json.dumps(saved, indent=1) + "\n")
+    if options.only in (None, "switching"):
+        found = {name: switching(build().eval(), 32) for name, build in SWITCHED.items()}
+        saved["switching"] = {
+            "threads": options.threads,
+            "CPU": facts(torch.device("cpu"))["CPU"],
+            "microseconds": found,
+        }
         path.write_text(json.dumps(saved, indent=1) + "\n")
     path.with_suffix(".md").write_text(report(saved))
     plot(saved["records"], path.with_suffix(".png"))

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from pyext.models.backbone import Backbone
 from pyext.nn import HybridBlock, Transition
 from pyext.nn.memory_format import to_convolution_format
+
+fx.wrap("to_convolution_format")  # one node of a trace: torch.fx cannot look into a comparison of devices
 
 
 class HCGNet(Backbone):

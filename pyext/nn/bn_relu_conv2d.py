@@ -52,6 +52,10 @@ class BNReLUConv2d(nn.Module):
             return self.conv(self._activate(x))
         return _run_operator(norm, conv, x)
 
+    def plain(self, x: Tensor) -> Tensor:
+        """`forward`, submodule by submodule, as torch.fx can follow it."""
+        return self.conv(torch.relu(self.norm(x)))
+
     def _activate(self, x: Tensor) -> Tensor:
         if self._reads_slice(x):
             return _normalised_slice(x, self.norm).relu_()

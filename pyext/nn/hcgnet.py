@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from pyext.nn.bn_relu_conv2d import BNReLUConv2d
 from pyext.nn.drop_block import DropBlock2d
@@ -18,8 +18,10 @@ from pyext.nn.hooks import has_forward_hooks
 from pyext.nn.hybrid_inference import layers_of, run_block
 from pyext.nn.hybrid_training import train_block
 from pyext.nn.lean import KeepsForBackward, checked_memory
-from pyext.nn.memory_format import memory_format_of, to_convolution_format
+from pyext.nn.memory_format import memory_format_of, to_convolution_format, to_torch_format
 from pyext.ops.gated_excitation import gated_excitation
+
+fx.wrap("to_torch_format")  # one node of a trace: torch.fx cannot look into a comparison of devices
 
 
 def _check_map(owner: nn.Module, x: Tensor, channels: int) -> None:
@@ -187,21 +189,29 @@ class _Gates(nn.Module):
         return result
 
     def _compose(self, u: Tensor) -> Tensor:
-        n, c = u.shape[:2]
-        forget = torch.tanh(self.bn_forget(self.fc1(_pool(u, self.global_forget_context)).flatten(1)))
+        forget = torch.tanh(self.bn_forget(self.fc1(context_pool(u, self.global_forget_context(u))).flatten(1)))
         forget = torch.sigmoid(self.fc2(forget[:, :, None, None]))
-        pooled3 = _pool(self.conv_3x3(u), self.global_context3x3)
-        pooled5 = _pool(self.conv_5x5(u), self.global_context5x5)
+        branch3, branch5 = self.conv_3x3(u), self.conv_5x5(u)
+        pooled3 = context_pool(branch3, self.global_context3x3(branch3))
+        pooled5 = context_pool(branch5, self.global_context5x5(branch5))
         hidden = self.fcall(torch.cat([pooled3, pooled5], dim=1)).flatten(1)
         attention = torch.tanh(self.bn_attention(hidden))[:, :, None, None]
-        select = torch.stack([self.fc3x3(attention), self.fc5x5(attention)]).softmax(dim=0)
-        return (u * forget + (select[0] * pooled3 + select[1] * pooled5).view(n, c, 1, 1)).to(u.dtype)
+        excitation = branch_selection(pooled3, pooled5, self.fc3x3(attention), self.fc5x5(attention))
+        return (u * forget + excitation).type_as(u)
 
 
-def _pool(x: Tensor, context: nn.Module) -> Tensor:
-    """Mean of the positions of x (N, C, H, W), weighted by the softmax of `context`: (N, C, 1, 1)."""
-    position = context(x).flatten(1).softmax(dim=1).view(x.shape[0], 1, *x.shape[2:])
+@fx.wrap  # one node of a trace, as `branch_selection`: a reshape by the input's own sizes and a stack hide the channels
+def context_pool(x: Tensor, context: Tensor) -> Tensor:
+    """Mean of the positions of x (N, C, H, W), weighted by the softmax of `context` (N, 1, H, W): (N, C, 1, 1)."""
+    position = context.flatten(1).softmax(dim=1).view(x.shape[0], 1, *x.shape[2:])
     return (x * position).sum(dim=(2, 3), keepdim=True)
+
+
+@fx.wrap
+def branch_selection(a: Tensor, b: Tensor, logits_a: Tensor, logits_b: Tensor) -> Tensor:
+    """The mean of a and b, each value weighted by the softmax of its two logits; all of one shape."""
+    weights = torch.stack([logits_a, logits_b]).softmax(dim=0)
+    return weights[0] * a + weights[1] * b
 
 
 class GatedExcitation(_Gates):
@@ -236,6 +246,10 @@ class GatedExcitation(_Gates):
     def forward(self, x: Tensor) -> Tensor:
         _check_map(self, x, self.channels)
         return self._excite(x)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """`forward`, submodule by submodule, as torch.fx can follow it."""
+        return self._compose(x)
 
     def extra_repr(self) -> str:
         return f"{self.channels}, reduction_factor={self.reduction_factor}, forget_factor={self.forget_factor}"
@@ -292,6 +306,10 @@ class SMG(_Gates):
         result[:, : self.in_channels] = x
         self._excite(u, out=result[:, self.in_channels :])
         return result
+
+    def plain(self, x: Tensor) -> Tensor:
+        """`forward`, submodule by submodule, as torch.fx can follow it."""
+        return torch.cat([x, self._compose(self.squeeze(x))], dim=1)
 
     def squeeze(self, x: Tensor) -> Tensor:
         """The squeeze cell: (N, in_channels, H, W) to (N, growth_rate, H, W)."""
@@ -357,6 +375,10 @@ class HybridBlock(KeepsForBackward, nn.Sequential):
             return result
         x = to_convolution_format(x)
         return self._fill(x) if self._writes_slices(x) else super().forward(x)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """`forward`, module by module, as torch.fx can follow it."""
+        return super().forward(to_torch_format(x))
 
     def _writes_slices(self, x: Tensor) -> bool:
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -426,6 +448,11 @@ class Transition(_Gates):
         result = run_block(self, x, stride=self.conv2_3x3.conv.stride[0], dense=False)
         if result is None:
             result = self._excite(self.conv2_3x3(self.conv1_1x1(to_convolution_format(x))))
+        return result if self.dropblock is None else self.dropblock(result)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """`forward` in eval mode, submodule by submodule, as torch.fx can follow it: no step of the DropBlock."""
+        result = self._compose(self.conv2_3x3(self.conv1_1x1(x)))
         return result if self.dropblock is None else self.dropblock(result)
 
     def extra_repr(self) -> str:

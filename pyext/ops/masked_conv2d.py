@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import _C, Tensor
 
-from pyext import _backend
+from pyext import _backend, _library
 from pyext._operator import (
     DTYPES,
     accumulate_dtype,
@@ -82,8 +83,26 @@ class Kept:
         return self.geometry.groups > 1
 
     def weight(self, weight: Tensor) -> Tensor:
-        """The convolution's weight, from the layer's."""
-        return weight if self.whole else weight.index_select(0, self.outputs).index_select(1, self.inputs)
+        """The convolution's weight, from the layer's. With groups the rest is zero: what it holds has no effect."""
+        if self.whole:
+            return torch.where(self._own(weight), weight, 0)
+        return weight.index_select(0, self.outputs).index_select(1, self.inputs)
+
+    def add_gradient(self, whole: Tensor, own: Tensor) -> None:
+        """Add the gradient of the convolution's weight to that of the layer's."""
+        if self.whole:
+            whole.add_(torch.where(self._own(own), own, 0))
+        else:
+            whole.index_put_((self.outputs[:, None], self.inputs[None]), own, accumulate=True)
+
+    def _own(self, weight: Tensor) -> Tensor:
+        """Where the layer's weight is of kept channels, bool (channels, input channels / groups, 1, 1)."""
+        kept = [
+            torch.zeros(n, dtype=torch.bool, device=weight.device).index_fill(0, ids, True)
+            for n, ids in zip(self.channels, (self.inputs, self.outputs), strict=True)
+        ]
+        columns = kept[0].view(self.geometry.groups, -1).repeat_interleave(len(weight) // self.geometry.groups, 0)
+        return (columns & kept[1][:, None])[:, :, None, None]
 
     def of_outputs(self, tensor: Tensor) -> Tensor:
         """What belongs to the convolution's rows, from a tensor (channels,) of the layer."""
@@ -110,10 +129,10 @@ class Kept:
 def parts(
     x: Tensor, weight: Tensor, inputs: Tensor, outputs: Tensor, subnets: Tensor | None, geometry: Geometry
 ) -> Iterator[tuple[Tensor | slice, Kept]]:
-    """Of each sub-network that has images: those images, and its convolution."""
+    """Of each sub-network that has images: those images, and its convolution; of the first where there is no image."""
     for s in range(len(inputs)):
         images = slice(None) if subnets is None else (subnets == s).nonzero()[:, 0]
-        if isinstance(images, slice) or len(images):
+        if isinstance(images, slice) or len(images) or (s == 0 and len(x) == 0):
             channels = weight.shape[1] * geometry.groups, len(weight)
             yield images, Kept(inputs[s][inputs[s] >= 0], outputs[s][outputs[s] >= 0], channels, geometry)
 
@@ -130,7 +149,7 @@ def reference(
     geometry: Geometry,
 ) -> Tensor:
     """The operator's definition in plain torch; differentiable any number of times. Shapes as in `masked_conv2d`."""
-    out = None
+    out = x.new_zeros(len(x), outputs.shape[1], *geometry.extents(x.shape[2], x.shape[3], tuple(weight.shape)))
     for images, kept in parts(x, weight, inputs, outputs, subnets, geometry):
         outs = kept.outputs
         y = kept.convolve(x[images][:, : len(kept.inputs)], kept.weight(weight).to(x.dtype))
@@ -141,19 +160,13 @@ def reference(
         if len(outs) == outputs.shape[1] and isinstance(images, slice):
             return y
         y = F.pad(y, (0, 0, 0, 0, 0, outputs.shape[1] - len(outs)))
-        if out is None:
-            out = y.new_zeros(len(x), *y.shape[1:])
         out = out.index_copy(0, torch.arange(len(x), device=x.device)[images], y)
-    return _empty(x, weight, outputs, geometry).zero_() if out is None else out
+    return out
 
 
 def activate(v: Tensor, activation: int) -> Tensor:
     """The activation with that number."""
     return v if activation == 0 else F.relu(v) if activation == 1 else F.relu6(v)
-
-
-def _empty(x: Tensor, weight: Tensor, outputs: Tensor, geometry: Geometry) -> Tensor:
-    return x.new_empty(len(x), outputs.shape[1], *geometry.extents(x.shape[2], x.shape[3], tuple(weight.shape)))
 
 
 def validate(
@@ -166,6 +179,7 @@ def validate(
     subnets: Tensor | None,
     gate: Tensor | None,
     geometry: Geometry,
+    pool: int = 1,
     values: bool = True,
 ) -> None:
     """Raise TypeError (dtype) or ValueError (all else) naming the argument that is wrong and what was expected.
@@ -178,7 +192,7 @@ def validate(
         raise TypeError(f"masked_conv2d: x has dtype {x.dtype}, expected float32, float64, bfloat16 or float16")
     if weight.dim() != 4 or 0 in weight.shape:
         raise ValueError(f"masked_conv2d: weight has shape {tuple(weight.shape)}, expected (channels, inputs, k, k)")
-    _validate_geometry(x, weight, geometry)
+    _validate_geometry(x, weight, geometry, pool)
     _validate_lists(x, weight, inputs, outputs, subnets, geometry.groups, values)
     if x.shape[1] != inputs.shape[1]:
         raise ValueError(f"masked_conv2d: x has {x.shape[1]} channels, expected {inputs.shape[1]}, those of inputs")
@@ -197,7 +211,7 @@ def validate(
             )
 
 
-def _validate_geometry(x: Tensor, weight: Tensor, geometry: Geometry) -> None:
+def _validate_geometry(x: Tensor, weight: Tensor, geometry: Geometry, pool: int) -> None:
     for name, least in (("stride", 1), ("padding", 0), ("dilation", 1)):
         pair = getattr(geometry, name)
         if len(pair) != 2 or any(not isinstance(n, int) or n < least for n in pair):
@@ -206,7 +220,10 @@ def _validate_geometry(x: Tensor, weight: Tensor, geometry: Geometry) -> None:
         raise ValueError(
             f"masked_conv2d: groups is {geometry.groups}, expected a divisor of weight's {weight.shape[0]} channels"
         )
-    if min(geometry.extents(x.shape[2], x.shape[3], tuple(weight.shape))) < 1:
+    extents = geometry.extents(x.shape[2], x.shape[3], tuple(weight.shape))
+    if pool not in (1, 2) or (pool == 2 and min(extents) == 1):
+        raise ValueError(f"masked_conv2d: pool is {pool}, expected 1, or 2 for maps of at least 2x2, not {extents}")
+    if min(extents) < 1:
         raise ValueError(
             f"masked_conv2d: x has maps of {tuple(x.shape[2:])}, smaller than the kernel {tuple(weight.shape[2:])} "
             f"with padding {geometry.padding} and dilation {geometry.dilation}"
@@ -287,6 +304,7 @@ def masked_conv2d(
     padding: int | tuple[int, int] = 0,
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
+    pool: int = 1,
     packed: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -305,6 +323,7 @@ def masked_conv2d(
         gate: (N, O), a factor for each channel of each image, before the activation.
         activation: None, ``"relu"`` or ``"relu6"``.
         stride, padding, dilation, groups: as in `torch.nn.Conv2d`; padding is with zeros.
+        pool: 2 for the largest element of each 2x2 window of the result (`torch.nn.MaxPool2d(2)`), 1 for the result.
         packed: what `pack_masked_conv2d` gives for the same weight and lists, which saves the CPU kernel the gathering
             of kept weights. It must be made again after weight has changed; gradients do not need it.
         backend: overrides `pyext.backend` and ``PYEXT_BACKEND``.
@@ -313,7 +332,8 @@ def masked_conv2d(
     in float32 (float64).
 
     Returns:
-        (N, O, H', W') in x's dtype; NCHW from a kernel. Behind the last channel of a shorter list stand zeros.
+        (N, O, H', W') in x's dtype, H' and W' halved by pool; NCHW from a kernel. Behind the last channel of a shorter
+        list stand zeros.
 
     Raises:
         ValueError: wrong shape, device, list or option. On a GPU, where looking at the lists' numbers would mean to
@@ -337,15 +357,32 @@ def masked_conv2d(
     arguments = x, weight, scale, shift, ins, outs, subnets, gate
     name = OPERATOR.choose(backend, x)
     if name == "reference":
-        validate(*arguments, geometry)
-        return reference(*arguments, geometry)
-    op = _OPS.masked_conv2d_triton if name == "triton" else _OPS.masked_conv2d
+        validate(*arguments, geometry, pool)
+        return _pooled(reference(*arguments, geometry), pool)
+    below = 1 if _differentiated(x, weight, scale, shift, gate) else pool  # what the operator itself pools
+    op = _OPS.masked_conv2d_triton.default if name == "triton" else _OPS.masked_conv2d.default
     try:
-        return op(*arguments, geometry.numbers(), packed)
+        return _pooled(run(op, *arguments, geometry.numbers(), packed, below), pool // below)
     except RuntimeError:
         # The kernels check what memory safety needs; the sentence that names the argument is made here.
-        validate(*arguments, geometry)
+        validate(*arguments, geometry, pool)
         raise
+
+
+def run(op: Any, x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, *rest: Any) -> Tensor:
+    """Call `op`, a variant of the operator. Where nothing is differentiated, the gradient's Python layer would be half of a small call."""
+    if _library.is_traced() or _differentiated(x, weight, scale, shift, rest[3]):
+        return op(x, weight, scale, shift, *rest)
+    with _C._AutoDispatchBelowAutograd():
+        return op(x, weight, scale, shift, *rest)
+
+
+def _differentiated(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _pooled(out: Tensor, pool: int) -> Tensor:
+    return out if pool == 1 else F.max_pool2d(out, pool)
 
 
 def masked_linear(
@@ -438,13 +475,16 @@ def backward(
     activated), and the scale's is sum weight * (weight's gradient before scaling).
     """
     geometry, wide = Geometry.of(numbers), accumulate_dtype(x.dtype)
-    empty = x.new_empty(0, dtype=wide)
+
+    def zeros(tensor: Tensor | None, wanted: bool, dtype: torch.dtype = wide) -> Tensor:
+        return x.new_zeros(tensor.shape if wanted and tensor is not None else (0,), dtype=dtype)
+
     grads = _Gradients(
-        x.new_zeros(x.shape) if for_x else x.new_empty(0),
-        x.new_zeros(weight.shape, dtype=wide) if for_parameters else empty,
-        x.new_zeros(len(weight), dtype=wide) if for_parameters and scale is not None else empty,
-        x.new_zeros(len(weight), dtype=wide) if for_parameters and shift is not None else empty,
-        x.new_zeros(gate.shape, dtype=wide) if gate is not None else empty,
+        zeros(x, for_x, x.dtype),
+        zeros(weight, for_parameters),
+        zeros(scale, for_parameters),
+        zeros(shift, for_parameters),
+        zeros(gate, True),
     )
     for images, kept in parts(x, weight, inputs, outputs, subnets, geometry):
         ins, outs = kept.inputs, kept.outputs
@@ -507,10 +547,7 @@ def _add_products(
     if not wanted[1]:
         return
     rows = torch.arange(len(weight), device=x.device) if kept.whole else kept.outputs
-    if kept.whole:
-        grads.weight.add_(dw * factor)
-    else:
-        grads.weight.index_put_((rows[:, None], kept.inputs[None]), dw * factor, accumulate=True)
+    kept.add_gradient(grads.weight, dw * factor)
     if grads.scale.numel():
         grads.scale.index_add_(0, rows, (dw * weight).sum((1, 2, 3)))
     if grads.shift.numel():
@@ -520,10 +557,11 @@ def _add_products(
 # --- registration of shapes and gradients -----------------------------------------------------------------------------
 
 
-def _fake(x, weight, scale, shift, inputs, outputs, subnets, gate, numbers, packed=None):
+def _fake(x, weight, scale, shift, inputs, outputs, subnets, gate, numbers, packed=None, pool=1):
     geometry = Geometry.of(numbers)
-    validate(x, weight, scale, shift, inputs, outputs, subnets, gate, geometry, values=False)
-    return _empty(x, weight, outputs, geometry)
+    validate(x, weight, scale, shift, inputs, outputs, subnets, gate, geometry, pool, values=False)
+    height, width = geometry.extents(x.shape[2], x.shape[3], tuple(weight.shape))
+    return x.new_empty(len(x), outputs.shape[1], height // pool, width // pool)
 
 
 def _fake_backward(
@@ -543,6 +581,8 @@ def _fake_pack(weight, inputs, outputs, groups):
 
 
 def _setup_context(ctx, inputs, output):
+    if inputs[10] != 1:
+        raise RuntimeError("masked_conv2d: the operator has a gradient with pool=1 alone")
     ctx.save_for_backward(output, *inputs[:8])
     ctx.numbers = inputs[8]
 
@@ -554,13 +594,13 @@ def _backward(op, ctx, grad_out):
     tensors = (x, *rest[:3], rest[6])
     wanted = (*needs[:4], needs[7])
     found = [g.to(t.dtype) if w else None for g, t, w in zip(grads, tensors, wanted, strict=True)]
-    return *found[:4], None, None, None, found[4], None, None
+    return *found[:4], None, None, None, found[4], None, None, None
 
 
-def _triton_forward(x, weight, scale, shift, inputs, outputs, subnets, gate, numbers, packed=None):
+def _triton_forward(x, weight, scale, shift, inputs, outputs, subnets, gate, numbers, packed=None, pool=1):
     arguments = x, weight, scale, shift, inputs, outputs, subnets, gate
-    validate(*arguments, Geometry.of(numbers), values=not x.is_cuda)  # kernels read what shapes promise
-    return triton_kernels("masked_conv2d").forward(*arguments, numbers)
+    validate(*arguments, Geometry.of(numbers), pool, values=not x.is_cuda)  # kernels read what shapes promise
+    return _pooled(triton_kernels("masked_conv2d").forward(*arguments, numbers), pool)
 
 
 def _triton_backward(*args):

@@ -20,7 +20,7 @@ from torch.utils.data import RandomSampler
 
 from pyext.checkpoint import CheckpointError, atomic_save, load_checkpoint
 from pyext.subnet.atlas import UNIT, Atlas, fingerprint
-from pyext.subnet.graph import Plan, plan
+from pyext.subnet.graph import Plan, calls, only_user, plan
 
 LARGEST_GATE = 5.0
 
@@ -183,16 +183,26 @@ class _Work:
 
 
 class Gated(fx.Interpreter):
-    """A frozen copy of a network, batch norms folded into convolutions, whose channels are multiplied by gates."""
+    """A frozen copy of a network, batch norms folded into convolutions, whose channels are multiplied by gates.
+
+    Gates are not negative, so relu(λ·x) is λ·relu(x), and so it is with max-pooling behind it: the product is taken
+    where the maps are smallest. Its derivative differs at λ = 0 alone, where that of relu(λ·x) is 0 (`gradient`).
+    """
 
     def __init__(self, traced: Plan):
         module = copy.deepcopy(traced.module).eval().requires_grad_(False)
         _fold(module)
         super().__init__(module)
         self.widths = {layer: len(traced.groups_of(layer)) for layer in traced.gates}
-        self.layer_of = {gate: layer for layer, gate in traced.gates.items()}
         self.like = next(module.parameters())
         self.gates: dict[str, Tensor] = {}
+        self.layer_of: dict[str, str] = {}
+        nodes, behind = {node.name: node for node in module.graph.nodes}, []
+        for layer, gate in traced.gates.items():
+            node = _last_activation(module, nodes[gate])
+            self.layer_of[node.name] = layer
+            behind += [node.name != gate] * self.widths[layer]
+        self.behind_relu = torch.tensor(behind, device=self.like.device)
 
     def split(self, gates: Tensor) -> dict[str, Tensor]:
         """By layer, (B, C), from the gates of all layers (B, sum of C)."""
@@ -203,11 +213,29 @@ class Gated(fx.Interpreter):
         self.gates = self.split(gates)
         return self.run(images)
 
+    def gradient(self, loss: Tensor, gates: Tensor) -> Tensor:
+        """The derivative of `loss` by the `gates` of all layers that it was computed with."""
+        (found,) = torch.autograd.grad(loss, gates)
+        return found.masked_fill_(self.behind_relu & (gates == 0), 0)
+
     def run_node(self, n: fx.Node) -> Any:
         """The value of `n`, times its gates where it has some."""
         value = super().run_node(n)
         layer = self.layer_of.get(n.name)
-        return value if layer is None else value * self.gates[layer][:, :, None, None]
+        if layer is None:
+            return value
+        gates = self.gates[layer]
+        return value * gates.view(*gates.shape, *[1] * (value.dim() - 2))
+
+
+def _last_activation(module: fx.GraphModule, gate: fx.Node) -> fx.Node:
+    """The ReLU that alone reads `gate`, or the last of the max-pools behind it; `gate` itself where there is none."""
+    node = only_user(gate)
+    if node is None or not calls(module, node, nn.ReLU, "relu"):
+        return gate
+    while (user := only_user(node)) is not None and calls(module, user, nn.MaxPool2d, "max_pool2d"):
+        node = user
+    return node
 
 
 @torch.no_grad()
@@ -235,8 +263,7 @@ def find_gates(gated: Gated, images: Tensor, settings: Settings) -> Tensor:
         state.note(logits.detach(), loss.detach() + settings.sparsity * gates.detach().sum(1), step)
         if step == settings.steps:
             break
-        (gradient,) = torch.autograd.grad(loss.sum(), gates)
-        state.move(gradient + settings.sparsity * gates.detach().sign(), settings)
+        state.move(gated.gradient(loss.sum(), gates) + settings.sparsity * gates.detach().sign(), settings)
         state.finish(step, settings.patience)
         if not len(state.active):
             break

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from pyext.subnet.graph import Plan, channel_padding, is_padding, is_reshape, position_padding
+from pyext.subnet.graph import LAYERS, Layer, Norm, Plan, channel_padding, is_padding, is_reshape, position_padding
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Compact(fx.Interpreter):
         """Let go of gathered weights."""
         self._packs.clear()
 
-    def _tensors(self, n: fx.Node, layer: nn.Conv2d | nn.Linear | nn.BatchNorm2d) -> list[Tensor | None]:
+    def _tensors(self, n: fx.Node, layer: Layer) -> list[Tensor | None]:
         """What the layer of `n` computes with: weight and bias of each of its calls."""
         state = None if torch.is_grad_enabled() or layer.training else _state(layer)
         pack = self._packs.get(n.name)
@@ -113,7 +113,7 @@ class Compact(fx.Interpreter):
             self._packs[n.name] = _Pack(state, tensors)
         return tensors
 
-    def _gather(self, n: fx.Node, layer: nn.Conv2d | nn.Linear | nn.BatchNorm2d) -> list[Tensor | None]:
+    def _gather(self, n: fx.Node, layer: Layer) -> list[Tensor | None]:
         if isinstance(layer, nn.Conv2d):
             calls = self.parts[n.name]
             return [t for part in calls for t in (part.weight(layer), _rows(layer.bias, part.rows))]
@@ -128,7 +128,7 @@ class Compact(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """The value of `n` over the kept channels."""
         layer = self.plan.submodule(n)
-        if isinstance(layer, (nn.Conv2d, nn.Linear, nn.BatchNorm2d)):
+        if isinstance(layer, LAYERS):
             (x,), _ = self.fetch_args_kwargs_from_env(n)
             return self._layer(n, layer, x)
         if is_padding(n):
@@ -145,7 +145,7 @@ class Compact(fx.Interpreter):
         found[found == len(inputs)] = 0
         return torch.from_numpy(np.where(inputs[found] == self.kept[n.name], found, -1))
 
-    def _layer(self, n: fx.Node, layer: nn.Conv2d | nn.Linear | nn.BatchNorm2d, x: Tensor) -> Tensor:
+    def _layer(self, n: fx.Node, layer: Layer, x: Tensor) -> Tensor:
         tensors = self._tensors(n, layer)
         if isinstance(layer, nn.Conv2d):
             return convolve(x, layer, self.parts[n.name], tensors)
@@ -167,7 +167,7 @@ def convolve(x: Tensor, conv: nn.Conv2d, calls: list[Part], tensors: list[Tensor
     return results[0] if len(results) == 1 else torch.cat(results, dim=1)
 
 
-def normalise(x: Tensor, norm: nn.BatchNorm2d, rows: np.ndarray, tensors: list[Tensor | None]) -> Tensor:
+def normalise(x: Tensor, norm: Norm, rows: np.ndarray, tensors: list[Tensor | None]) -> Tensor:
     """`norm` over its channels `rows`, whose `tensors` are given; in training their statistics alone are moved."""
     weight, bias, own_mean, own_variance = tensors
     if own_mean is None or own_variance is None:

@@ -3,7 +3,8 @@
 Every channel of every tensor gets a number, its group. An operation that keeps channels apart (batch norm, activation,
 pooling, depthwise convolution) hands the groups on; addition and multiplication of two tensors unite theirs pairwise;
 concatenation appends them; a convolution or linear layer begins new ones. So all tensors that must lose a channel
-together share its group, whatever connected them.
+together share its group, whatever connected them. A removed channel is zero after every operation, whatever that makes
+of zero: a sigmoid's 0.5 is zeroed too, and the logits of a softmax between branches share the branches' groups.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import contextlib
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -20,9 +21,20 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from pyext.models.backbone import checked_images
+from pyext.nn import SMG, BNReLUConv2d, DropBlock2d, GatedExcitation, HybridBlock, Transition
+from pyext.nn.hooks import has_forward_hooks
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+LAYERS = (nn.Conv2d, nn.Linear, *NORMS)
+Norm: TypeAlias = nn.BatchNorm1d | nn.BatchNorm2d
+Layer: TypeAlias = nn.Conv2d | nn.Linear | Norm
+
+_PLAIN = (BNReLUConv2d, GatedExcitation, HybridBlock, SMG, Transition)
+"""Modules that choose among fused forms by what they are given: their method `plain` is traced."""
 
 _CHANNELWISE_MODULES = (
-    nn.BatchNorm2d,
+    *NORMS,
+    DropBlock2d,
     nn.ReLU,
     nn.ReLU6,
     nn.LeakyReLU,
@@ -45,9 +57,9 @@ _CHANNELWISE_MODULES = (
 _CHANNELWISE = {
     *("relu", "relu_", "relu6", "leaky_relu", "elu", "silu", "gelu", "hardswish", "hardsigmoid", "hardtanh", "sigmoid"),
     *("tanh", "dropout", "dropout2d", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "contiguous", "clone"),
-    *("checked_images", "to_torch_format"),
+    *("checked_images", "to_torch_format", "to_convolution_format", "type_as"),
 }
-_PAIRWISE = {"add", "add_", "iadd", "sub", "mul", "mul_", "imul"}
+_PAIRWISE = {"add", "add_", "iadd", "sub", "mul", "mul_", "imul", "branch_selection"}
 _CONCATENATIONS = {"cat", "concat"}
 _RESHAPES = {"flatten", "view", "reshape"}
 
@@ -82,11 +94,11 @@ class Plan:
         """The module that `node` calls, or None."""
         return self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
-    def layers(self) -> Iterator[tuple[fx.Node, nn.Conv2d | nn.Linear | nn.BatchNorm2d]]:
+    def layers(self) -> Iterator[tuple[fx.Node, Layer]]:
         """The nodes with parameters, in the order in which they run."""
         for node in self.module.graph.nodes:
             module = self.submodule(node)
-            if isinstance(module, (nn.Conv2d, nn.Linear, nn.BatchNorm2d)):
+            if isinstance(module, LAYERS):
                 yield node, module
 
     def inputs(self, node: fx.Node) -> np.ndarray:
@@ -115,7 +127,8 @@ def plan(model: nn.Module, input_shape: tuple[int, ...]) -> Plan:
 
     Args:
         model: a network of convolutions, batch norms, activations, pooling, additions, multiplications,
-            concatenations and linear layers, from images (N, C, H, W) to logits (N, num_classes).
+            concatenations, linear layers and the modules of `pyext.nn` for HCGNet and DenseNet, from images
+            (N, C, H, W) to logits (N, num_classes). It is traced in eval mode.
         input_shape: (C, H, W) of its images.
 
     Raises:
@@ -126,7 +139,10 @@ def plan(model: nn.Module, input_shape: tuple[int, ...]) -> Plan:
         raise ValueError(f"plan: input_shape is {tuple(input_shape)}, expected (C, H, W)")
     with evaluating(model):
         try:
-            traced = fx.symbolic_trace(model)
+            tracer = _Tracer()
+            with torch.enable_grad():  # without, modules may choose their form by the device of the images
+                graph = tracer.trace(model)
+            traced = fx.GraphModule(tracer.root, graph, type(model).__name__)
         except Exception as error:  # a network's own code runs under the tracer, so anything can be raised
             name = type(model).__name__
             raise UnsupportedNetwork(f"plan: torch.fx cannot trace {name}: {str(error).splitlines()[0]}") from error
@@ -134,6 +150,20 @@ def plan(model: nn.Module, input_shape: tuple[int, ...]) -> Plan:
         with torch.no_grad():
             shapes.run(torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device))
     return _Follower(traced, tuple(input_shape), shapes.found).plan()
+
+
+class _Tracer(fx.Tracer):
+    """Follows a network down to torch's modules and to those of `pyext.nn` that keep channels apart."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m) is DropBlock2d or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if type(m) in _PLAIN and not has_forward_hooks(m):
+            forward = m.plain  # type: ignore[assignment]
+        return super().call_module(m, forward, args, kwargs)
 
 
 class _Shapes(fx.Interpreter):
@@ -206,7 +236,7 @@ class _Follower:
             fixed[numbers[ids]] = True
         fixed[numbers[classes]] = False
         shapes = {node.name: shape for node, shape in self.shapes.items()}
-        gates = self._gates(set(numbers[classes].tolist()), channels)
+        gates = self._gates(set(numbers[classes].tolist()), channels, fixed)
         return Plan(self.module, channels, shapes, gates, numbers[classes], fixed, self.input_shape)
 
     def _classes(self, output: fx.Node) -> np.ndarray:
@@ -231,7 +261,7 @@ class _Follower:
                 **dict.fromkeys(_PAIRWISE, self._pairwise),
                 **dict.fromkeys(_CONCATENATIONS, self._concatenated),
                 **dict.fromkeys(_RESHAPES, self._flattened),
-                **{"mean": self._mean, "getitem": self._cropped, "pad": self._padded},
+                **{"mean": self._mean, "getitem": self._cropped, "pad": self._padded, "context_pool": self._pooled},
             }
             if name in rules:
                 return rules[name](node)
@@ -243,8 +273,7 @@ class _Follower:
 
     def _module(self, node: fx.Node) -> np.ndarray:
         module = self._called(node)
-        with_parameters = isinstance(module, (nn.Conv2d, nn.Linear, nn.BatchNorm2d))
-        if with_parameters and str(node.target) in self.called:
+        if isinstance(module, LAYERS) and str(node.target) in self.called:
             raise self._unsupported(node, "a layer that is called twice")
         self.called.add(str(node.target))
         if type(module) is nn.Conv2d:
@@ -279,8 +308,9 @@ class _Follower:
         return self._input(node)
 
     def _pairwise(self, node: fx.Node) -> np.ndarray:
-        tensors = [a for a in node.args[:2] if isinstance(a, fx.Node) and a in self.channels]
-        others = [a for a in node.args[:2] if a not in tensors]
+        operands = node.args if _name(node) == "branch_selection" else node.args[:2]
+        tensors = [a for a in operands if isinstance(a, fx.Node) and a in self.channels]
+        others = [a for a in operands if a not in tensors]
         if any(not isinstance(other, (int, float)) for other in others) or not tensors:
             raise self._unsupported(node, "arithmetic with something other than tensors and numbers")
         first, *rest = (self.channels[tensor] for tensor in tensors)
@@ -311,6 +341,12 @@ class _Follower:
             raise self._unsupported(node, f"a mean over {dims}, expected the positions (2, 3)")
         return self._input(node)
 
+    def _pooled(self, node: fx.Node) -> np.ndarray:
+        """The mean over positions, weighted by a map that all channels share, which is therefore always kept."""
+        context: Any = node.args[1]
+        self._kept(self.channels[context])
+        return self._input(node)
+
     def _cropped(self, node: fx.Node) -> np.ndarray:
         index: Any = node.args[1]
         if not isinstance(index, tuple) or index[:2] != (slice(None),) * 2:
@@ -325,13 +361,14 @@ class _Follower:
             raise self._unsupported(node, "padding other than with zeros, of channels and positions")
         return np.concatenate([self.groups.fresh(before), channels, self.groups.fresh(after)])
 
-    def _gates(self, classes: set[int], channels: dict[str, np.ndarray]) -> dict[str, str]:
+    def _gates(self, classes: set[int], channels: dict[str, np.ndarray], fixed: np.ndarray) -> dict[str, str]:
         gates: dict[str, str] = {}
         for node in self.module.graph.nodes:
             if node.op != "call_module" or not isinstance(self._called(node), nn.Conv2d):
                 continue
             gate = self._gate(node)
-            if gate.name not in gates.values() and not classes.intersection(channels[gate.name].tolist()):
+            own = channels[gate.name]
+            if gate.name not in gates.values() and not classes.intersection(own.tolist()) and not fixed[own].all():
                 gates[str(node.target)] = gate.name
         if not gates:
             raise UnsupportedNetwork("plan: the network has no convolution whose channels could be left out")
@@ -340,10 +377,12 @@ class _Follower:
     def _gate(self, conv: fx.Node) -> fx.Node:
         """Where the gate of `conv` stands: before the activation; on a residual block's output, the addition."""
         gate = conv
-        user = _only_user(gate)
-        if user is not None and user.op == "call_module" and isinstance(self._called(user), nn.BatchNorm2d):
+        user = only_user(gate)
+        if user is not None and is_reshape(user) and self.shapes[conv][1:] == (1, 1):
+            user = only_user(user)
+        if user is not None and user.op == "call_module" and isinstance(self._called(user), NORMS):
             gate = user
-        user = _only_user(gate)
+        user = only_user(gate)
         if user is not None and user.op in ("call_function", "call_method") and _name(user) in ("add", "add_", "iadd"):
             gate = user
         return gate
@@ -385,5 +424,13 @@ def _name(node: fx.Node) -> str:
     return "checked_images" if node.target is checked_images else getattr(node.target, "__name__", str(node.target))
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
+def calls(module: fx.GraphModule, node: fx.Node, kind: type[nn.Module], name: str) -> bool:
+    """Whether `node` calls a submodule of exactly `kind`, or the function or method `name`."""
+    if node.op == "call_module":
+        return type(module.get_submodule(str(node.target))) is kind
+    return node.op in ("call_function", "call_method") and _name(node) == name
+
+
+def only_user(node: fx.Node) -> fx.Node | None:
+    """The node that reads the value of `node`, if there is just one."""
     return next(iter(node.users)) if len(node.users) == 1 else None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pyext.subnet.execution import Compact, Part, place
-from pyext.subnet.graph import Plan, is_padding, is_reshape, position_padding
+from pyext.subnet.graph import NORMS, Norm, Plan, is_padding, is_reshape, position_padding
 
 
 class PartedConv2d(nn.Module):
@@ -99,7 +99,7 @@ def _small(node: fx.Node, module: nn.Module, compact: Compact) -> nn.Module:
         if module.bias is not None:
             linear.bias.copy_(module.bias[outputs])
         return linear
-    if isinstance(module, nn.BatchNorm2d):
+    if isinstance(module, NORMS):
         return _small_norm(module, outputs)
     return copy.deepcopy(module)
 
@@ -123,10 +123,10 @@ def _small_convolution(conv: nn.Conv2d, calls: list[Part]) -> nn.Module:
     return PartedConv2d(small, positions) if positions else small[0]
 
 
-def _small_norm(norm: nn.BatchNorm2d, outputs: Tensor) -> nn.BatchNorm2d:
+def _small_norm(norm: Norm, outputs: Tensor) -> Norm:
     like = next((t for t in (norm.weight, norm.running_mean) if t is not None), torch.empty(0))
     tracked = norm.running_mean is not None
-    small = nn.BatchNorm2d(len(outputs), norm.eps, norm.momentum, norm.affine, tracked, like.device, like.dtype)
+    small = type(norm)(len(outputs), norm.eps, norm.momentum, norm.affine, tracked, like.device, like.dtype)
     for name, tensor in norm.state_dict().items():
         small.get_buffer(name).copy_(tensor) if tensor.dim() == 0 else getattr(small, name).copy_(tensor[outputs])
     return small
@@ -134,7 +134,7 @@ def _small_norm(norm: nn.BatchNorm2d, outputs: Tensor) -> nn.BatchNorm2d:
 
 @torch.no_grad()
 def recalibrate(module: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
-    """Measure anew the running statistics of every BatchNorm2d of `module`, and return it in eval mode.
+    """Measure anew the running statistics of every batch norm of `module`, and return it in eval mode.
 
     A sub-network's maps have other means and variances than the whole network's, whose statistics it starts with. No
     weight is changed. Meant for `Subnet.materialize()`: on a shared network it would change the network's statistics.
@@ -146,7 +146,7 @@ def recalibrate(module: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     Raises:
         ValueError: no batch, or no batch norm that tracks statistics.
     """
-    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None]
+    norms = [m for m in module.modules() if isinstance(m, NORMS) and m.running_mean is not None]
     if not norms:
         raise ValueError("recalibrate: module has no batch norm with running statistics")
     momenta, count = [norm.momentum for norm in norms], 0

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
 from torch import fx, nn
 
-from pyext.subnet.graph import Plan
+from pyext.subnet.atlas import UNIT, Atlas
+from pyext.subnet.graph import NORMS, Layer, Plan
+from pyext.subnet.sizes import Sizes
+
+_LEVELS, _EXACT = 64, 256
+"""Sub-networks that are counted at once while the largest that fits is looked for."""
 
 
 @dataclass(frozen=True)
@@ -22,21 +29,28 @@ class LayerCost:
     kept_multiply_adds: int
 
 
+def combined(atlas: Atlas, classes: np.ndarray, combine: str) -> dict[str, np.ndarray]:
+    """By layer, the importance of each channel to all of `classes`, float64 (C,); `combine` is "max" or "mean"."""
+    sums = np.concatenate([own.numpy().take(classes, 0) for own in atlas.sums.values()], axis=1)
+    means = sums * UNIT / atlas.counts.numpy()[classes, None]
+    merged = means.max(0) if combine == "max" else means.mean(0)
+    ends = itertools.accumulate((own.shape[1] for own in atlas.sums.values()), initial=0)
+    bounds = itertools.pairwise(ends)
+    return {layer: merged[start:end] for layer, (start, end) in zip(atlas.sums, bounds, strict=True)}
+
+
 def scores(plan: Plan, importance: dict[str, np.ndarray], combine: str) -> np.ndarray:
     """The score of each group, float64 (groups,): its importance over the layers that share it; -inf without any.
 
     `importance` gives each layer's, (C,). `combine` is "max" or "mean".
     """
-    size = len(plan.fixed)
+    groups = np.concatenate([plan.groups_of(layer) for layer in importance])
+    values, size = np.concatenate(list(importance.values())), len(plan.fixed)
     if combine == "max":
         found = np.full(size, -np.inf)
-        for layer, values in importance.items():
-            np.maximum.at(found, plan.groups_of(layer), values)
+        np.maximum.at(found, groups, values)
         return found
-    total, count = np.zeros(size), np.zeros(size)
-    for layer, values in importance.items():
-        np.add.at(total, plan.groups_of(layer), values)
-        np.add.at(count, plan.groups_of(layer), 1)
+    total, count = np.bincount(groups, values, minlength=size), np.bincount(groups, minlength=size)
     return np.divide(total, count, out=np.full(size, -np.inf), where=count > 0)
 
 
@@ -49,26 +63,43 @@ def choose(plan: Plan, group_scores: np.ndarray, classes: np.ndarray, keep: floa
     Raises:
         ValueError: the best group of every layer is already more than `keep`.
     """
-    order, forced = _order(plan, group_scores, scope)
-    always = base(plan, classes)
-    budget = keep * parameters(plan, np.ones(len(plan.fixed), dtype=bool))
+    tables = _tables(plan)
+    key = group_scores if scope == "global" else tables.ranked(group_scores)
+    kept, budget = base(plan, classes), keep * tables.sizes.whole
+    kept[tables.best(group_scores)] = True
+    undecided = np.flatnonzero(np.isfinite(group_scores) & ~kept)
+    while True:  # the parameters grow with the groups: all above the level at which they exceed the budget are kept
+        values = key[undecided]
+        last = len(values) <= _EXACT or values.min() == values.max()
+        levels = _places(values) if last else _levels(values)
+        count = 1 + (len(values) if last else _LEVELS)
+        joins = ~kept * count  # a choice between two numbers by `where` takes thrice as long
+        joins[undecided] = levels
+        sizes = tables.sizes.growing(joins, count)
+        fitting = np.count_nonzero(sizes <= budget)
+        if fitting == 0:
+            raise ValueError(
+                f"reconstruct: keep is {keep:g}, {budget:.0f} parameters, which leaves a layer without channels: one "
+                f"in each takes {sizes[0]:.0f}"
+            )
+        kept = joins < fitting
+        if last:
+            return kept
+        undecided = undecided[levels == fitting]
 
-    def kept(count: int) -> np.ndarray:
-        groups = always.copy()
-        groups[order[:count]] = True
-        return groups
 
-    least = parameters(plan, kept(forced))
-    if least > budget:
-        raise ValueError(
-            f"reconstruct: keep is {keep:g}, {budget:.0f} parameters, which leaves a layer without channels: one "
-            f"in each takes {least}"
-        )
-    low, high = forced, len(order)  # the parameters grow with the count: kept(low) fits
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if parameters(plan, kept(middle)) <= budget else (low, middle - 1)
-    return kept(low)
+def _levels(values: np.ndarray) -> np.ndarray:
+    """1 for the highest of the values (n,) to `_LEVELS` for the lowest, by their distance from them."""
+    highest = values.max()
+    shares = (highest - values) / (highest - values.min())
+    return np.minimum((shares * _LEVELS).astype(np.int64) + 1, _LEVELS)
+
+
+def _places(values: np.ndarray) -> np.ndarray:
+    """1 for the highest of the values (n,) to n for the lowest; equal ones in their order."""
+    places = np.empty(len(values), dtype=np.int64)
+    places[np.argsort(-values, kind="stable")] = np.arange(1, len(values) + 1)
+    return places
 
 
 def above(plan: Plan, group_scores: np.ndarray, classes: np.ndarray, threshold: float) -> np.ndarray:
@@ -92,29 +123,61 @@ def check_layers(plan: Plan, groups: np.ndarray) -> None:
             raise ValueError(f"reconstruct: layer {layer} is left without channels")
 
 
-def _order(plan: Plan, group_scores: np.ndarray, scope: str) -> tuple[np.ndarray, int]:
-    """All scored groups, those to keep first in front, and how many of them are each layer's best."""
-    key = group_scores.copy()
-    if scope == "layer":
-        key = np.full(len(key), -np.inf)
-        for layer in reversed(plan.gates):  # a group that layers share is ranked in the first of them
-            own = np.unique(plan.groups_of(layer))
-            ranks = np.empty(len(own))
-            ranks[np.argsort(-group_scores[own], kind="stable")] = np.arange(len(own))
-            key[own] = -ranks / len(own)
-    best: list[int] = []
-    for layer in plan.gates:
-        own = plan.groups_of(layer)
-        if not np.isin(own, best).any():
-            best.append(int(own[np.argmax(group_scores[own])]))
-    free = np.flatnonzero(np.isfinite(group_scores) & ~plan.fixed)
-    by_score = free[np.argsort(-key[free], kind="stable")]
-    return np.concatenate([best, by_score[~np.isin(by_score, best)]]).astype(np.int64), len(best)
+class _Tables:
+    """What of a choice depends on the plan alone."""
+
+    def __init__(self, plan: Plan):
+        self.sizes = Sizes(plan)
+        layers = [plan.groups_of(layer) for layer in plan.gates]
+        self.channels, self.widths, self.starts = _joined(layers)
+        self.sharing: list[list[int]] = [[] for _ in plan.fixed]
+        for number, own in enumerate(layers):
+            for group in np.unique(own).tolist():
+                self.sharing[group].append(number)
+        # The groups of each layer once; a group that layers share is ranked in the first of them.
+        self.own, counts, starts = _joined([np.unique(own) for own in layers])
+        self.layer = np.repeat(np.arange(len(layers), dtype=np.uint16), counts)
+        self.within = np.arange(len(self.own)) - np.repeat(starts, counts)
+        self.size = counts[self.layer]
+        self.first = np.unique(self.own, return_index=True)[1]
+
+    def best(self, group_scores: np.ndarray) -> np.ndarray:
+        """The best group of each layer that has not the best of a layer before it."""
+        values = group_scores[self.channels]
+        highest = np.repeat(np.maximum.reduceat(values, self.starts), self.widths)
+        places = np.flatnonzero(values == highest)
+        found, served = [], set[int]()
+        for layer, group in enumerate(self.channels[places[np.searchsorted(places, self.starts)]].tolist()):
+            if layer not in served:
+                found.append(group)
+                served.update(self.sharing[group])
+        return np.array(found)
+
+    def ranked(self, group_scores: np.ndarray) -> np.ndarray:
+        """Instead of each score, minus the share of its layer's groups that come before it."""
+        falling = np.argsort(-group_scores[self.own], kind="stable")
+        falling = falling[np.argsort(self.layer[falling], kind="stable")]
+        shares = np.empty(len(falling))
+        shares[falling] = -self.within / self.size
+        key = np.full(len(group_scores), -np.inf)
+        key[self.own[self.first]] = shares[self.first]
+        return key
 
 
-def parameters(plan: Plan, groups: np.ndarray) -> int:
-    """Weights and biases that a network of `groups` has."""
-    return sum(_weights(plan, node, layer, groups)[0] for node, layer in plan.layers())
+_seen: weakref.WeakKeyDictionary[Plan, _Tables] = weakref.WeakKeyDictionary()
+
+
+def _tables(plan: Plan) -> _Tables:
+    found = _seen.get(plan)
+    if found is None:
+        _seen[plan] = found = _Tables(plan)
+    return found
+
+
+def _joined(layers: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`layers` one after another, their lengths, and where each begins."""
+    lengths = np.array([len(own) for own in layers])
+    return np.concatenate(layers), lengths, np.cumsum(lengths) - lengths
 
 
 def costs(plan: Plan, groups: np.ndarray) -> list[LayerCost]:
@@ -128,12 +191,10 @@ def costs(plan: Plan, groups: np.ndarray) -> list[LayerCost]:
     return rows
 
 
-def _weights(
-    plan: Plan, node: fx.Node, layer: nn.Conv2d | nn.Linear | nn.BatchNorm2d, groups: np.ndarray
-) -> tuple[int, int]:
+def _weights(plan: Plan, node: fx.Node, layer: Layer, groups: np.ndarray) -> tuple[int, int]:
     """Parameters of `layer`, and products per position."""
     outputs = groups[plan.channels[node.name]]
-    if isinstance(layer, nn.BatchNorm2d):
+    if isinstance(layer, NORMS):
         return (2 * int(outputs.sum()) if layer.affine else 0), 0
     inputs = groups[plan.inputs(node)]
     bias = int(outputs.sum()) if layer.bias is not None else 0

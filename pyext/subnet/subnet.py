@@ -93,7 +93,7 @@ class Subnet(nn.Module):
         self, classes: list[int], keep: float | None, threshold: float | None, scope: str, combine: str
     ) -> tuple[np.ndarray, Compact]:
         chosen = np.array(classes)
-        importance = {layer: self._combined(layer, chosen, combine) for layer in self.atlas.layers}
+        importance = selection.combined(self.atlas, chosen, combine)
         scores = selection.scores(self.plan, importance, combine)
         if threshold is not None:
             groups = selection.above(self.plan, scores, chosen, threshold)
@@ -122,10 +122,6 @@ class Subnet(nn.Module):
         groups |= selection.base(self.plan, np.array(chosen))
         selection.check_layers(self.plan, groups)
         return self._become(chosen, groups, Compact(self.plan, groups))
-
-    def _combined(self, layer: str, classes: np.ndarray, combine: str) -> np.ndarray:
-        values = self.atlas.importance(layer)[classes].numpy()
-        return values.max(0) if combine == "max" else values.mean(0)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of `classes`."""

@@ -28,7 +28,8 @@ def _other_shapes(x, free):
 
 
 def wrong_shape(draw, description, case, x):
-    return x.new_zeros(draw(st.sampled_from(_other_shapes(x, description.free if x is case.main else ()))))
+    free = next((description.free_in.get(name, ()) for name, own in case.inputs.items() if own is x), ())
+    return x.new_zeros(draw(st.sampled_from(_other_shapes(x, description.free if x is case.main else free))))
 
 
 def no_elements(draw, description, case, x):

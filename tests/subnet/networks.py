@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 import torchvision
+from published_hcgnet import CifarNet
 from torch import fx, nn
 
+import pyext
 from pyext import models
 from pyext.models.densenet import DenseNet
+from pyext.models.hcgnet import HCGNet
 from pyext.models.resnet import CIFARResNet
 from pyext.subnet import Atlas, fingerprint, plan
 
@@ -54,6 +57,9 @@ NETWORKS = {
     "resnet bottleneck": (lambda: _resnet(torchvision.models.resnet.Bottleneck), 32),
     "resnext": (lambda: _resnet(torchvision.models.resnet.Bottleneck, groups=16, width_per_group=8), 32),
     "mobilenet_v2": (lambda: torchvision.models.mobilenet_v2(num_classes=CLASSES, width_mult=0.25), 32),
+    "hcgnet": (lambda: HCGNet((4, 8), (2, 2), CLASSES), 12),
+    "hcgnet imagenet": (lambda: pyext.accelerate(HCGNet((8, 4), (1, 2), CLASSES, stem="imagenet")), 32),
+    "hcgnet published": (lambda: pyext.accelerate(CifarNet((4, 4), (1, 2), CLASSES)), 12),
     "densenet121": (lambda: torchvision.models.DenseNet(8, (2, 2), 8, num_classes=CLASSES), 32),
 }
 
@@ -65,7 +71,7 @@ def network(name, seed=0):
     model = build().double().eval()
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
                 module.running_mean.normal_(std=0.3)
                 module.running_var.uniform_(0.5, 2)
                 if module.affine:

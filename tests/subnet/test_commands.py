@@ -6,12 +6,13 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from torch import nn
 
 from pyext import cli
 from pyext.models import resnet32
 from pyext.subnet import Atlas, reconstruct
 from pyext.train.data import load_data
-from pyext.train.networks import build
+from pyext.train.networks import ARCHITECTURES, build
 from pyext.train.runs import Card, export, load_network
 
 
@@ -112,11 +113,13 @@ def test_wrong_use_ends_with_a_sentence(run, capsys, words, status, message):
     assert message in fails(capsys, status, words(run))
 
 
-def test_network_that_cannot_be_followed_and_atlas_of_another_are_told(run, capsys, tmp_path):
-    card = Card.of("tiny", load_data("digits", None, 8))
-    export(tmp_path / "model.safetensors", build("tiny", 10), card)
+def test_network_that_cannot_be_followed_and_atlas_of_another_are_told(run, capsys, tmp_path, monkeypatch):
+    layers = nn.Conv2d(3, 4, 3), nn.Softmax(1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)
+    monkeypatch.setitem(ARCHITECTURES, "softmax", lambda _: nn.Sequential(*layers))
+    card = Card.of("softmax", load_data("digits", None, 8))
+    export(tmp_path / "model.safetensors", build("softmax", 10), card)
     message = fails(capsys, 1, ["dissect", tmp_path, "--output", tmp_path / "atlas.safetensors"])
-    assert "torch.fx cannot trace HCGNet" in message
+    assert "is a Softmax, whose channels cannot be followed" in message
     atlas = run / "atlas0.safetensors"
     message = fails(capsys, 1, ["reconstruct", tmp_path, "--classes", "1,2", "--atlas", atlas])
-    assert "the atlas was made of another network than this HCGNet" in message
+    assert "the atlas was made of another network than this Sequential" in message

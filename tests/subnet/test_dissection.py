@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from networks import CLASSES, drawn_atlas, network
-from torch import nn
+from torch import fx, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bench.subnets import published_loop
@@ -51,7 +51,7 @@ def test_gates_are_those_of_the_published_loop():
         assert torch.equal(gated.logits(images, found).argmax(1), model(images).argmax(1))
 
 
-@pytest.mark.parametrize("name", ["resnet8", "mobilenet_v2", "densenet10", "mixed"])
+@pytest.mark.parametrize("name", ["resnet8", "mobilenet_v2", "densenet10", "mixed", "hcgnet"])
 def test_gate_gradient_is_the_derivative_and_gates_of_one_change_nothing(name):
     model, shape = network(name)
     gated, x = Gated(plan(model, shape)), torch.randn(2, *shape, dtype=torch.float64)
@@ -66,6 +66,34 @@ def test_gate_gradient_is_the_derivative_and_gates_of_one_change_nothing(name):
 
     numeric = (along(1e-6) - along(-1e-6)) / 2e-6
     torch.testing.assert_close((gradient * direction).sum(), numeric, rtol=1e-6, atol=1e-6)
+
+
+class Multiplied(fx.Interpreter):
+    """The network as it is, with a product where the plan has a gate."""
+
+    def __init__(self, traced, gates):
+        super().__init__(traced.module)
+        self.of = {gate: gates[layer] for layer, gate in traced.gates.items()}
+
+    def run_node(self, n):
+        value = super().run_node(n)
+        if n.name not in self.of:
+            return value
+        return value * self.of[n.name].view(*value.shape[:2], *[1] * (value.dim() - 2))
+
+
+@pytest.mark.parametrize("name", ["resnet8", "vgg16", "mobilenet_v2", "densenet10", "mixed", "hcgnet"])
+def test_gradient_is_that_of_gates_before_the_activations_also_where_they_are_zero(name):
+    model, shape = network(name)
+    traced, x = plan(model, shape), torch.randn(2, *shape, dtype=torch.float64)
+    gated = Gated(traced)
+    drawn = torch.tensor([0.0, 0.8, 1.5], dtype=torch.float64)
+    gates = drawn[torch.randint(0, 3, (2, sum(gated.widths.values())))].requires_grad_()
+    logits, expected = gated.logits(x, gates), Multiplied(traced, gated.split(gates)).run(x)
+    torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
+    (gradient,) = torch.autograd.grad(expected.square().sum(), gates)
+    found = gated.gradient(logits.square().sum(), gates)
+    torch.testing.assert_close(found, gradient, rtol=1e-10, atol=1e-10 * float(gradient.abs().max()))
 
 
 def test_atlas_sums_each_class_and_leaves_the_network_as_it_was():

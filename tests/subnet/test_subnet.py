@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 from networks import CLASSES, NETWORKS, Zeroed, drawn_atlas, network
 from torch import nn
 
+from pyext.nn import SMG
 from pyext.subnet import AtlasError, UnsupportedNetwork, plan, recalibrate, reconstruct
 
 CASES = {}
+GROUPED = ("mixed", "resnext", "hcgnet", "hcgnet imagenet", "hcgnet published")
+"""Where a group of a convolution may keep outputs without inputs: the small module has a zero weight for it."""
 
 
 def case(name):
@@ -70,7 +73,7 @@ def test_everything_kept_is_the_network_itself_and_its_summary_counts_its_parame
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
-@pytest.mark.parametrize("name", [name for name in NETWORKS if name not in ("mixed", "resnext")])
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name not in GROUPED])
 def test_kept_parameters_are_those_of_the_small_module_and_fit_the_share(name, scope):
     model, _, atlas = case(name)
     subnet = reconstruct(model, atlas, [1, 4], keep=0.3, scope=scope)
@@ -110,8 +113,9 @@ def test_switching_back_gives_the_same_and_forgets_no_training():
         close(subnet(x) - model.classifier.bias[:2], 2 * (before - model.classifier.bias[:2]))
 
 
-def test_training_a_subnet_moves_the_kept_weights_and_statistics_of_the_network_alone():
-    model, shape = network("resnet8")
+@pytest.mark.parametrize("name", ["resnet8", "hcgnet"])
+def test_training_a_subnet_moves_the_kept_weights_and_statistics_of_the_network_alone(name):
+    model, shape = network(name)
     subnet = reconstruct(model, drawn_atlas(model, shape), [0, 4], keep=0.3)
     before = copy.deepcopy(model.state_dict())
     small, x = subnet.materialize().train(), torch.randn(5, *shape, dtype=torch.float64)
@@ -126,10 +130,11 @@ def test_training_a_subnet_moves_the_kept_weights_and_statistics_of_the_network_
         rows = torch.from_numpy(kept[node.name])
         assert not layer.weight.grad[~rows].any()
         grad = layer.weight.grad[rows]
-        if layer.weight.dim() > 1:
+        if layer.weight.dim() > 1 and getattr(layer, "groups", 1) == 1:
             grad = grad[:, torch.from_numpy(subnet.groups[subnet.plan.inputs(node)])]
-        close(grad, small.get_submodule(node.target).weight.grad)
-        if isinstance(layer, nn.BatchNorm2d):
+        if getattr(layer, "groups", 1) == 1:
+            close(grad, small.get_submodule(node.target).weight.grad)
+        if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
             close(layer.running_var[rows], small.get_submodule(node.target).running_var)
             assert torch.equal(layer.running_var[~rows], before[f"{node.target}.running_var"][~rows])
 
@@ -163,7 +168,7 @@ def test_state_dict_is_the_networks_and_a_copy_is_independent():
     assert not torch.equal(other(x), expected)
 
 
-@pytest.mark.parametrize("name", ["mixed", "resnet8", "mobilenet_v2"])
+@pytest.mark.parametrize("name", ["mixed", "resnet8", "mobilenet_v2", "hcgnet"])
 def test_materialised_module_is_exported_to_onnx(name):
     model, shape = network(name)
     subnet = reconstruct(model, drawn_atlas(model, shape), [1, 2], keep=0.5)
@@ -219,7 +224,8 @@ class Called(nn.Module):
     def __init__(self, function):
         super().__init__()
         self.conv, self.function, self.linear = nn.Conv2d(3, 4, 1), function, nn.Linear(4, 2)
-        self.softmax = nn.Softmax(1)
+        self.softmax, self.hooked = nn.Softmax(1), SMG(4, 4)
+        self.hooked.register_forward_hook(lambda module, x, y: 2 * y)
 
     def forward(self, x):
         return self.linear(self.function(self, self.conv(x)).mean((2, 3)))
@@ -239,6 +245,7 @@ class Called(nn.Module):
         (lambda net, x: x * x.shape[2], "node mul is arithmetic with something other than"),
         (lambda net, x: x + net.linear.weight.sum(), "node linear_weight is an operation"),
         (lambda net, x: F.pad(x, (1, 1), value=1.0), "node pad is padding other than"),
+        (lambda net, x: net.hooked(x), "torch.fx cannot trace Called"),
     ],
 )
 def test_unsupported_coupling_names_its_node(function, message):

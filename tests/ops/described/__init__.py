@@ -85,6 +85,8 @@ class Description:
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     free: tuple[int, ...] = ()
     """Dimensions of the main input that may have any size."""
+    free_in: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Such dimensions of other inputs."""
     sizing: frozenset[str] = frozenset()
     """Inputs that fix sizes: when one is wrong, the message may name another that does not fit it."""
     counted: tuple[str, ...] = ()

@@ -1,0 +1,350 @@
+// The forward pass: units of work are some images of one sub-network, whose planes are made once.
+#pragma once
+
+#include "cpu/masked_conv2d/frame.h"
+
+namespace pyext::cpu::PYEXT_CAPABILITY {
+namespace {
+
+// Vectors x Outputs results: to[o * to_pitch + v * kLanes], from the planes of `inputs` channels and their panel; added
+// to what is there unless they are the first.
+template <int Vectors, int Outputs, typename T>
+inline void masked_tile(const T* planes, int64_t channel, const int64_t* vector, const int64_t* tap, int64_t taps,
+                        const T* panel, int64_t inputs, bool first, T* to, int64_t to_pitch) {
+  Vec<T> sum[Outputs][Vectors];
+#pragma GCC unroll 8
+  for (int o = 0; o < Outputs; ++o) {
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) sum[o][v] = first ? Vec<T>{} : load<T>(to + o * to_pitch + v * kLanes<T>);
+  }
+  for (int64_t i = 0; i < inputs; ++i, planes += channel) {
+    for (int64_t k = 0; k < taps; ++k, panel += Outputs) {
+      Vec<T> positions[Vectors];
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; ++v) positions[v] = load_once<T>(planes + tap[k] + vector[v]);
+#pragma GCC unroll 8
+      for (int o = 0; o < Outputs; ++o) {
+        const Vec<T> factor = in_register<T>(splat<T>(panel[o]));
+#pragma GCC unroll 8
+        for (int v = 0; v < Vectors; ++v) sum[o][v] += factor * positions[v];
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int o = 0; o < Outputs; ++o) {
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) store<T>(to + o * to_pitch + v * kLanes<T>, sum[o][v]);
+  }
+}
+
+// Inputs whose planes in a strip and whose panel stay in the first-level cache together.
+template <typename T>
+inline int64_t inputs_at_once(const MaskedSizes& s, const Frame<T>& frame) {
+  constexpr int64_t kBytes = 24 * 1024;
+  const int64_t rows = std::min(frame.plane / frame.pitch, frame.strip_rows + s.rows.kernel * s.rows.dilation);
+  const int64_t elements = rows * frame.pitch * (frame.channel / frame.plane) + s.taps() * kTileOutputs;
+  return std::max<int64_t>(kBytes / static_cast<int64_t>(elements * sizeof(T)), 4);
+}
+
+template <typename T>
+inline void masked_block(const MaskedSizes& s, const Frame<T>& frame, const Walk<T>& walk, const Block& block,
+                         const T* planes, const T* panel, int64_t vectors, T* to, int64_t to_pitch) {
+  const int64_t most = inputs_at_once(s, frame), parts = std::max<int64_t>((block.inputs + most - 1) / most, 1);
+  with_constant<kTileOutputs>(block.count, [&](auto outputs) {
+    constexpr int kOutputs = decltype(outputs)::value, kVectors = tile_vectors(kOutputs);
+    for (int64_t part = 0; part < parts; ++part) {
+      const Range inputs = part_of(block.inputs, parts, part);
+      const T* from = planes + inputs.begin * frame.channel;
+      const T* weights = panel + inputs.begin * s.taps() * kOutputs;
+      for (int64_t v = 0; v < vectors; v += kVectors) {
+        with_constant<kVectors>(std::min<int64_t>(vectors - v, kVectors), [&](auto count) {
+          masked_tile<decltype(count)::value, kOutputs>(from, frame.channel, walk.vector + v, walk.tap, s.taps(),
+                                                        weights, inputs.end - inputs.begin, part == 0,
+                                                        to + v * kLanes<T>, to_pitch);
+        });
+      }
+    }
+  });
+}
+
+// The larger of two numbers, NaN where one is, as torch's max-pool has it.
+template <typename T>
+inline Vec<T> larger(Vec<T> a, Vec<T> b) {
+  return (a > b) | (a != a) ? a : b;
+}
+template <typename T>
+inline T larger(T a, T b) {
+  return a > b || a != a ? a : b;
+}
+
+// Below so many operations a second thread takes longer to start than it saves.
+constexpr int64_t kWorthThreads = 2000000;
+
+template <typename S>
+class MaskedForward {
+  using T = Accumulate<S>;
+
+  // Some images of a sub-network, at `order + first`.
+  struct Unit {
+    int64_t subnet, first, frame;
+    T* planes;
+  };
+
+ public:
+  MaskedForward(const MaskedConv2d& args, const Host& host)
+      : args_(args), host_(host), s_(args.sizes), blocks_(args, host) {
+    scale_ = vector(args.scale, s_.out_channels);
+    shift_ = vector(args.shift, s_.out_channels);
+    gate_ = vector(args.gate, s_.batch * s_.outputs);
+    panels_ = static_cast<const T*>(args.packed);
+    if (panels_ == nullptr) {
+      T* panels = shared<T>(host, blocks_.panels);
+      pack_panels(args, blocks_, panels, host);
+      panels_ = panels;
+    }
+    sort_images();
+    divide();
+  }
+
+  void run() {
+    const int64_t operations = 2 * blocks_.panels / s_.subnets * s_.batch * s_.conv_positions();
+    const int64_t threads = operations < kWorthThreads ? 1 : host_.threads;
+    if (threads == 1 || units_count_ >= 2 * threads) return run_units(threads);
+    run_blocks();
+  }
+
+ private:
+  const T* vector(const void* data, int64_t numel) const {
+    return data == nullptr ? nullptr : as_accumulate<T>(host_, data, args_.parameter_dtype, numel);
+  }
+
+  // Images by sub-network, in their order: those of subnet i are order_[start_[i]] to order_[start_[i + 1]].
+  void sort_images() {
+    order_ = shared<int64_t>(host_, s_.batch);
+    start_ = shared_zeros<int64_t>(host_, s_.subnets + 1);
+    const auto subnet = [&](int64_t n) { return args_.image_subnets == nullptr ? 0 : args_.image_subnets[n]; };
+    for (int64_t n = 0; n < s_.batch; ++n) ++start_[subnet(n) + 1];
+    for (int64_t i = 0; i < s_.subnets; ++i) start_[i + 1] += start_[i];
+    int64_t* next = shared<int64_t>(host_, s_.subnets);
+    std::copy(start_, start_ + s_.subnets, next);
+    for (int64_t n = 0; n < s_.batch; ++n) order_[next[subnet(n)]++] = n;
+  }
+
+  // Units of nearly equal sizes, and a frame with its walk for each size.
+  void divide() {
+    const int64_t together = images_together<T>(s_);
+    units_ = shared<Unit>(host_, s_.batch);
+    frame_of_ = shared<int64_t>(host_, std::max(together, s_.batch) + 1);
+    std::fill_n(frame_of_, std::max(together, s_.batch) + 1, int64_t(-1));
+    frames_ = static_cast<Frame<T>*>(host_.shared(host_.self, together * sizeof(Frame<T>)));
+    walks_ = static_cast<Walk<T>*>(host_.shared(host_.self, together * sizeof(Walk<T>)));
+    for (int64_t i = 0; i < s_.subnets; ++i) {
+      const int64_t count = start_[i + 1] - start_[i], parts = (count + together - 1) / together;
+      for (int64_t part = 0; part < parts; ++part) {
+        const Range range = part_of(count, parts, part);
+        units_[units_count_++] = {i, start_[i] + range.begin, frame(range.end - range.begin), nullptr};
+      }
+    }
+  }
+
+  int64_t frame(int64_t images) {
+    if (frame_of_[images] < 0) {
+      frames_[frames_count_] = Frame<T>(s_, images);
+      walks_[frames_count_] = Walk<T>(s_, frames_[frames_count_], host_);
+      frame_of_[images] = frames_count_++;
+    }
+    return frame_of_[images];
+  }
+
+  const Frame<T>& frame_of(const Unit& unit) const { return frames_[unit.frame]; }
+  int64_t inputs_of(const Unit& unit) const { return list_length(args_.inputs + unit.subnet * s_.inputs, s_.inputs); }
+  Range blocks_of(const Unit& unit) const { return {blocks_.first[unit.subnet], blocks_.first[unit.subnet + 1]}; }
+
+  void write_planes_of(const Unit& unit, Range channels, T* planes) const {
+    const Frame<T>& frame = frame_of(unit);
+    for (int64_t c = channels.begin; c < channels.end; ++c) {
+      write_channel<S>(s_, frame, walks_[unit.frame], args_.x, order_ + unit.first, c, planes + c * frame.channel);
+    }
+  }
+
+  // Elements of a thread's memory for the results of a block in a strip.
+  int64_t strip_elements() const {
+    int64_t most = 0;
+    for (int64_t f = 0; f < frames_count_; ++f) most = std::max(most, strip_pitch(frames_[f]));
+    return most * kTileOutputs;
+  }
+  int64_t strip_pitch(const Frame<T>& frame) const { return frame.vectors(s_, frame.strip_rows) * kLanes<T>; }
+
+  // Many units: each thread takes some, whole.
+  void run_units(int64_t threads) {
+    int64_t planes_size = 0;
+    for (int64_t u = 0; u < units_count_; ++u) {
+      planes_size = std::max(planes_size, frame_of(units_[u]).elements(inputs_of(units_[u])));
+    }
+    parallel(host_, threads, [&](int64_t task) {
+      const Range range = part_of(units_count_, threads, task);
+      T* strip = static_cast<T*>(host_.scratch((strip_elements() + planes_size) * sizeof(T)));
+      T* planes = strip + strip_elements();
+      for (int64_t u = range.begin; u < range.end; ++u) {
+        const Unit& unit = units_[u];
+        const int64_t inputs = inputs_of(unit);
+        write_planes_of(unit, {0, inputs}, planes);
+        clear_slack(frame_of(unit), inputs, planes);
+        const Range blocks = blocks_of(unit);
+        run_strips(unit, planes, {0, (blocks.end - blocks.begin) * frame_of(unit).strips(s_)}, strip);
+        clear_absent(unit);
+      }
+    });
+  }
+
+  // Vectors of the last row reach behind the planes.
+  void clear_slack(const Frame<T>& frame, int64_t inputs, T* planes) const {
+    std::fill_n(planes + inputs * frame.channel, frame.elements(inputs) - inputs * frame.channel, T(0));
+  }
+
+  // Few units: all threads make the planes of all, then share out blocks and strips.
+  void run_blocks() {
+    int64_t* first = shared_zeros<int64_t>(host_, units_count_ + 1);
+    int64_t* channels = shared_zeros<int64_t>(host_, units_count_ + 1);
+    for (int64_t u = 0; u < units_count_; ++u) {
+      Unit& unit = units_[u];
+      const int64_t inputs = inputs_of(unit);
+      unit.planes = shared<T>(host_, frame_of(unit).elements(inputs));
+      clear_slack(frame_of(unit), inputs, unit.planes);
+      const Range blocks = blocks_of(unit);
+      first[u + 1] = first[u] + (blocks.end - blocks.begin) * frame_of(unit).strips(s_);
+      channels[u + 1] = channels[u] + inputs;
+    }
+    share(channels, [&](const Unit& unit, Range range) { write_planes_of(unit, range, unit.planes); });
+    share(first, [&](const Unit& unit, Range range) {
+      T* strip = static_cast<T*>(host_.scratch(strip_elements() * sizeof(T)));
+      run_strips(unit, unit.planes, range, strip);
+    });
+    for (int64_t u = 0; u < units_count_; ++u) clear_absent(units_[u]);
+  }
+
+  // Splits the items of all units, of which unit u has [first[u], first[u + 1]), among the threads.
+  template <typename Work>
+  void share(const int64_t* first, Work work) const {
+    const int64_t items = first[units_count_], tasks = task_count(host_, items);
+    parallel(host_, tasks, [&](int64_t task) {
+      const Range own = part_of(items, tasks, task);
+      for (int64_t u = 0; u < units_count_; ++u) {
+        const Range range{std::max(own.begin, first[u]) - first[u], std::min(own.end, first[u + 1]) - first[u]};
+        if (range.begin < range.end) work(units_[u], range);
+      }
+    });
+  }
+
+  // Items are strips x blocks.
+  void run_strips(const Unit& unit, const T* planes, Range items, T* strip) const {
+    const Frame<T>& frame = frame_of(unit);
+    const Range blocks = blocks_of(unit);
+    const int64_t count = blocks.end - blocks.begin, pitch = strip_pitch(frame);
+    for (int64_t item = items.begin; item < items.end; ++item) {
+      const Block& block = blocks_.all[blocks.begin + item % count];
+      const int64_t top = item / count * frame.strip_rows;
+      const int64_t rows = std::min(frame.strip_rows, s_.rows.output() - top);
+      masked_block(s_, frame, walks_[unit.frame], block, planes + block.input * frame.channel + top * frame.pitch,
+                   panels_ + block.panel, frame.vectors(s_, rows), strip, pitch);
+      for (int64_t o = 0; o < block.count; ++o) finish(unit, block.output + o, {top, top + rows}, strip + o * pitch);
+    }
+  }
+
+  // Scale, shift, gate and activation of one output's strip, and its way to the result.
+  void finish(const Unit& unit, int64_t output, Range rows, T* strip) const {
+    const Frame<T>& frame = frame_of(unit);
+    const int64_t channel = args_.outputs[unit.subnet * s_.outputs + output], width = s_.out_width();
+    const T scale = scale_ == nullptr ? 1 : scale_[channel], shift = shift_ == nullptr ? 0 : shift_[channel];
+    const int64_t vectors = frame.vectors(s_, rows.end - rows.begin);
+    const bool gated = gate_ != nullptr;
+    for (int64_t v = 0; v < vectors; ++v) {
+      T* at = strip + v * kLanes<T>;
+      const Vec<T> value = load<T>(at) * scale + shift;
+      store<T>(at, gated ? value : activated(value));
+    }
+    if (gated) apply_gates(unit, output, rows.end - rows.begin, vectors, strip);
+    if (s_.pool > 1) {
+      rows = {rows.begin / 2, rows.end / 2};
+      for (int64_t y = 0; y < rows.end - rows.begin; ++y)
+        pool_rows(frame, strip + 2 * y * frame.row_slots, strip + y * frame.row_slots);
+    }
+    for (int64_t n = 0; n < frame.images; ++n) {
+      const Map& out = args_.out;
+      S* to = static_cast<S*>(out.data) + order_[unit.first + n] * out.stride[0] + output * out.stride[1] +
+              rows.begin * width;
+      const T* from = strip + n;
+      for (int64_t y = rows.begin; y < rows.end; ++y, from += frame.row_slots, to += width) {
+        if (frame.images == 1) {
+          convert(from, to, width);
+        } else {
+          for (int64_t x = 0; x < width; ++x) from_accumulate(from[x * frame.images], to[x]);
+        }
+      }
+    }
+  }
+
+  // The largest elements of windows of two rows from `from` on and two columns; `to` may be the first of the rows.
+  void pool_rows(const Frame<T>& frame, T* from, T* to) const {
+    constexpr auto lanes = std::make_integer_sequence<int, kLanes<T>>();
+    const int64_t images = frame.images, width = s_.columns.output() * images;
+    for (int64_t i = 0; i < width; i += kLanes<T>) {
+      store<T>(from + i, larger<T>(load<T>(from + i), load<T>(from + frame.row_slots + i)));
+    }
+    if (images > 1) {
+      for (int64_t x = 0; x < s_.out_width(); ++x) {
+        const T *left = from + 2 * x * images, *right = left + images;
+        for (int64_t n = 0; n < images; ++n) to[x * images + n] = larger(left[n], right[n]);
+      }
+      return;
+    }
+    for (int64_t x = 0; x < s_.out_width(); x += kLanes<T>) {
+      const Vec<T> a = load<T>(from + 2 * x), b = load<T>(from + 2 * x + kLanes<T>);
+      store<T>(to + x, larger<T>(even_lanes<T>(a, b, lanes), odd_lanes<T>(a, b, lanes)));
+    }
+  }
+
+  void apply_gates(const Unit& unit, int64_t output, int64_t rows, int64_t vectors, T* strip) const {
+    const Frame<T>& frame = frame_of(unit);
+    for (int64_t n = 0; n < frame.images; ++n) {
+      const T gate = gate_[order_[unit.first + n] * s_.outputs + output];
+      for (int64_t y = 0; y < rows; ++y) {
+        T* row = strip + y * frame.row_slots + n;
+        for (int64_t x = 0; x < s_.columns.output(); ++x) row[x * frame.images] *= gate;
+      }
+    }
+    for (int64_t v = 0; v < vectors; ++v) {
+      store<T>(strip + v * kLanes<T>, activated(load<T>(strip + v * kLanes<T>)));
+    }
+  }
+
+  Vec<T> activated(Vec<T> v) const {
+    if (s_.activation == masked_conv2d::Activation::kNone) return v;
+    const Vec<T> positive = relu<T>(v), six = splat<T>(6);
+    return s_.activation == masked_conv2d::Activation::kRelu ? positive : (positive > six ? six : positive);
+  }
+
+  // Zeros behind the last output of a shorter list.
+  void clear_absent(const Unit& unit) const {
+    const int64_t kept = list_length(args_.outputs + unit.subnet * s_.outputs, s_.outputs);
+    for (int64_t n = 0; n < frame_of(unit).images; ++n) {
+      S* to = static_cast<S*>(args_.out.data) + order_[unit.first + n] * args_.out.stride[0];
+      std::memset(static_cast<void*>(to + kept * args_.out.stride[1]), 0,
+                  (s_.outputs - kept) * s_.out_height() * s_.out_width() * sizeof(S));
+    }
+  }
+
+  const MaskedConv2d& args_;
+  const Host& host_;
+  MaskedSizes s_;
+  Blocks blocks_;
+  const T *scale_, *shift_, *gate_, *panels_;
+  int64_t *order_, *start_, *frame_of_;
+  Unit* units_;
+  Frame<T>* frames_;
+  Walk<T>* walks_;
+  int64_t units_count_ = 0, frames_count_ = 0;
+};
+
+}  // namespace
+}  // namespace pyext::cpu::PYEXT_CAPABILITY
