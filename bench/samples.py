@@ -16,6 +16,7 @@ from pyext import ops
 from pyext.ops.gated_excitation import PARAMETERS, RUNNING, reference
 from pyext.ops.hybrid_block import Extents, extents_of
 from pyext.ops.hybrid_block import reference as block_reference
+from pyext.ops.masked_conv2d import ACTIVATIONS
 from pyext.ops.memory_contrast import reference as contrast_reference
 from pyext.ops.memory_update import reference as update_reference
 from pyext.ops.peer_contrast import reference as peer_reference
@@ -161,6 +162,48 @@ def _block(input: tuple[int, ...], modules: int, growth: int, groups: int, strid
     return Shape(input, {"modules": modules, **widths, "stride": stride, "dense": stride == 1})
 
 
+def _draw_masked(shape: Shape, dtype: torch.dtype, parameter_dtype: torch.dtype, layout: str, seed: int) -> Call:
+    """A layer of `channels` to `outputs`, of which `percent` are kept; its x holds the kept ones alone."""
+    inputs, others = from_tests("ops/masked_inputs.py"), dict(shape.others)
+    options = {"activation": others.pop("activation"), "stride": others["stride"], "groups": others["groups"]}
+    kernel, percent = others.pop("kernel"), others.pop("percent")
+    options["padding"] = kernel // 2
+    layer = inputs.Masked(
+        *shape.input,
+        kernel=(kernel, kernel),
+        keep=percent / 100,
+        padding=options["padding"],
+        **others,
+    )
+    leaves, lists = inputs.make_masked(layer, dtype, parameter_dtype, seed)
+    leaves["x"] = from_tests("ops/layouts.py").in_layout(leaves["x"], layout)
+    return Call(leaves, {}, lists, options)
+
+
+def _run_masked_conv2d(call: Call, training: bool, **options: object) -> Tensor:
+    numbers = {**call.options, "activation": ACTIVATIONS[call.options["activation"]]}
+    return ops.masked_conv2d(**call.leaves, **call.indices, **numbers, **options)
+
+
+def _reference_masked_conv2d(call: Call, training: bool) -> Tensor:
+    return _run_masked_conv2d(call, training, backend="reference")
+
+
+def _masked(
+    input: tuple[int, ...],
+    outputs: int,
+    kernel: int = 3,
+    stride: int = 1,
+    groups: int = 1,
+    subnets: int = 1,
+    gated: bool = False,
+    activation: int = 1,
+    percent: int = 50,
+) -> Shape:
+    sizes = {"outputs": outputs, "kernel": kernel, "stride": stride, "groups": groups, "subnets": subnets}
+    return Shape(input, {**sizes, "gated": gated, "activation": activation, "percent": percent})
+
+
 def _banks(images: int, peers: int, features: int, rows: int, negatives: int) -> Shape:
     return Shape((images, peers, features), {"rows": rows, "negatives": negatives})
 
@@ -239,6 +282,28 @@ SAMPLES = {
             (_block((2, 20, 8, 8), 2, 36, 4), torch.float16, "channels_last"),
         ),
         differentiable=False,
+        takes_out=False,
+    ),
+    "masked_conv2d": Samples(
+        _draw_masked,
+        _run_masked_conv2d,
+        _reference_masked_conv2d,
+        odd={
+            "odd": _masked((3, 14, 7, 9), 10),
+            "several tiles": _masked((2, 70, 11, 13), 150, activation=2),
+            "strided, gated": _masked((3, 12, 9, 8), 14, stride=2, gated=True),
+            "one position": _masked((9, 20, 1, 1), 30, kernel=1, subnets=3, gated=True, activation=0),
+            "mixed, small maps": _masked((17, 20, 4, 4), 18, subnets=3),
+            "mixed, groups": _masked((5, 36, 6, 7), 24, groups=3, subnets=2, gated=True),
+            "mixed, depthwise": _masked((5, 12, 6, 17), 12, groups=12, subnets=2, stride=2),
+        },
+        usual=(
+            (_masked((2, 128, 28, 28), 128), torch.bfloat16, "nchw"),
+            (_masked((2, 128, 28, 28), 128, subnets=2, gated=True), torch.float32, "channels_last"),
+            (_masked((8, 256, 7, 7), 256, subnets=2), torch.float16, "nchw"),
+            (_masked((2, 128, 14, 14), 256, kernel=1, stride=2), torch.bfloat16, "channels_last"),
+            (_masked((2, 64, 14, 14), 64, groups=64, subnets=2), torch.bfloat16, "nchw"),
+        ),
         takes_out=False,
     ),
     "memory_contrast": Samples(

@@ -1,10 +1,10 @@
 """Triton kernels and launchers of `pyext.ops.masked_conv2d`, whose docstring holds the equations.
 
 Forward and x's gradient are one implicit matrix product: rows are kept channels of the result, columns positions, depth
-kept channels of the source times taps. Weights are gathered through the lists as they are multiplied. Columns run on
-from one image to the next; where images are of several sub-networks they are taken in the order of these, so that a
-block of columns has one list. x's gradient splits positions by their remainder under the stride: those of one remainder
-meet the same taps, with dv as source, as in a convolution of stride 1.
+kept channels of the source times taps. Weights are gathered through the lists as they are multiplied. A tile has
+positions of one image; where maps are small it has several images, which are then taken in the order of their
+sub-networks, so that one list does for all. x's gradient splits positions by their remainder under the stride: those of
+one remainder meet the same taps, with dv as source, as in a convolution of stride 1.
 The weight's gradient has depth over positions, in chunks that lie within one sub-network; a second pass adds the chunks
 in a fixed order and scatters the sums into the whole weight. Small groups, where a matrix product would be mostly
 zeros, are multiplied element by element.
@@ -16,8 +16,8 @@ Least traffic and work, b bytes per element: forward N (I H W + O H' W') b bytes
 backward pass reads grad_out, out and x and writes grad_x, and has twice the operations. 64 images of 28 x 28, 128 to
 128 kept channels, 3 x 3, bfloat16: 25.7 MB, 6 us at 4.3 TB/s, and 14.8 GFLOP, 19 us at 770 TFLOP/s (an H200);
 backward 51 MB, 12 us, and 29.6 GFLOP, 38 us. Depthwise, on 128 kept channels: 25.7 MB forward, 51 MB backward, and
-operations that do not count. dv, written once and read by both products, is 12.8 MB on top, as is v in float32 where a
-gate without activation is differentiated.
+operations that do not count. On top of that come dv, 12.8 MB, written once and read by both products; v in float32
+where a gate without activation is differentiated; and the weight's gradient by chunks. No speed was measured yet.
 """
 
 from __future__ import annotations
@@ -483,7 +483,7 @@ def _gradient_operands(
 
 
 @triton.jit
-def weight_gradient_kernel(
+def chunk_kernel(
     dv, x, partial, outputs, inputs, order, begins, dv_strides, x_strides, extents, origin, step, tap_step,
     taps_h, taps_w, images, columns, positions, subnets, num_outputs, num_inputs, groups, outputs_per_group,
     inputs_per_group, row_blocks, column_blocks, chunk_images, chunk_blocks, position_chunks,
@@ -539,14 +539,14 @@ def weight_gradient_kernel(
 
 
 @triton.jit
-def direct_weight_gradient_kernel(
+def direct_chunk_kernel(
     dv, x, partial, outputs, inverse, order, begins, dv_strides, x_strides, extents, origin, step, tap_step,
     taps_h, taps_w, images, columns, positions, subnets, num_outputs, output_channels, input_channels,
     outputs_per_group, inputs_per_group, row_blocks, chunk_images, chunk_blocks, position_chunks,
     MIXED: tl.constexpr, POINTWISE: tl.constexpr, FLAT: tl.constexpr, INDEX: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """`weight_gradient_kernel` element by element, for small groups."""
+    """`chunk_kernel` element by element, for small groups."""
     block, rest = tl.program_id(0) % row_blocks, tl.program_id(0) // row_blocks
     tap, rest = rest % (taps_h * taps_w), rest // (taps_h * taps_w)
     own_input, chunk = rest % inputs_per_group, (rest // inputs_per_group).to(tl.int64)
@@ -572,7 +572,7 @@ def direct_weight_gradient_kernel(
 
 
 @triton.jit
-def weight_sum_kernel(
+def chunk_sum_kernel(
     partial, inverse_outputs, inverse_inputs, begins, weight, scale, grad_weight, grad_scale, weight_strides,
     taps_h, taps_w, images, subnets, num_outputs, output_channels, input_channels, outputs_per_group,
     inputs_per_group, column_blocks, chunk_images, position_chunks,
@@ -620,7 +620,8 @@ class Chunk(NamedTuple):
     of_positions: int
 
 
-class Side(NamedTuple):
+@dataclass(frozen=True)
+class Side:
     """One side of the layer, inputs or outputs: its channels, and those that are kept."""
 
     lists: Tensor
@@ -637,6 +638,7 @@ class Side(NamedTuple):
         """At most so many are kept of one group."""
         return min(self.kept, self.per_group)
 
+    @cached_property
     def inverse(self) -> Tensor:
         """(sub-networks, channels) int32: the places of channels in the lists, -1 where there is none."""
         inverse = self.lists.new_empty((len(self.lists), self.channels), dtype=torch.int32)
@@ -695,7 +697,7 @@ def _phases(extent: int, stride: int, padding: int, dilation: int, taps: int) ->
 
 def _is_flat(x: Tensor) -> bool:
     """Whether positions are evenly spaced in memory, from one row to the next, too."""
-    return x.stride(2) == x.shape[3] * x.stride(3)
+    return x.shape[2] == 1 or x.stride(2) == x.shape[3] * x.stride(3)
 
 
 def _index_type(maps: Sequence[Tensor], weight: Tensor) -> tl.dtype:
@@ -714,12 +716,13 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _precision() -> str:
+def precision() -> str:
+    """Of float32 products: torch's setting for its own convolutions."""
     return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
 
 
 def _on_tensor_cores(dtype: torch.dtype) -> bool:
-    return dtype != torch.float32 or _precision() == "tf32"
+    return dtype != torch.float32 or precision() == "tf32"
 
 
 class Blocks(NamedTuple):
@@ -869,13 +872,13 @@ class Layer:
         }
         if self.direct:
             direct_kernel[(tiles * programs,)](
-                *tensors, depths.inverse(), *places, rows.channels, depths.channels, rows.per_group, depths.per_group,
+                *tensors, depths.inverse, *places, rows.channels, depths.channels, rows.per_group, depths.per_group,
                 row_blocks, **options,
             )  # fmt: skip
             return
         product_kernel[(tiles * programs,)](
             *tensors, depths.lists, *places, depths.kept, self.groups, rows.per_group, depths.per_group, row_blocks,
-            GROUPED=self.groups > 1, PRECISION=_precision(), **options,
+            GROUPED=self.groups > 1, PRECISION=precision(), **options,
         )  # fmt: skip
 
 
@@ -935,16 +938,16 @@ class BackwardPass:
             walk = Walk((rows.origin, columns.origin), (1, 1), (rows.tap_step, columns.tap_step))
             self.layer.product(dv, taps, target, walk, Epilogue(self.scale), transposed=True)
 
-    def write_shift_gradient(self, row_sums: Tensor, inverse: Tensor) -> None:
-        """`inverse`: that of the outputs."""
-        channels = self.layer.outputs.channels
-        shift_gradient_kernel[(triton.cdiv(channels, SHIFT_BLOCK),)](
-            row_sums, inverse, self.layer.subnets, self.grads.shift, *row_sums.shape, len(inverse), channels,
+    def write_shift_gradient(self, row_sums: Tensor) -> None:
+        outputs = self.layer.outputs
+        shift_gradient_kernel[(triton.cdiv(outputs.channels, SHIFT_BLOCK),)](
+            row_sums, outputs.inverse, self.layer.subnets, self.grads.shift, *row_sums.shape, len(outputs.lists),
+            outputs.channels,
             MIXED=self.layer.mixed, BLOCK_N=SHIFT_WITH, BLOCK_C=SHIFT_BLOCK,
         )  # fmt: skip
 
-    def write_weight_gradient(self, dv: Tensor, inverse: Tensor) -> None:
-        """And the scale's, the sum of the weight times its gradient before scaling. `inverse`: that of the outputs."""
+    def write_weight_gradient(self, dv: Tensor) -> None:
+        """And the scale's, the sum of the weight times its gradient before scaling."""
         layer, grads = self.layer, self.grads
         inputs, outputs = layer.inputs, layer.outputs
         extents = dv.shape[2:]
@@ -962,8 +965,7 @@ class BackwardPass:
         chunk = self._chunk(tile, positions, tiles)
         chunks = layer.image_tiles(chunk.images) * chunk.of_positions
         partial = grads.weight.new_empty((chunks, taps, outputs.kept, inputs.per_group))
-        inverse_inputs = inputs.inverse()
-        tensors = dv, self.x, partial, outputs.lists, inverse_inputs if layer.direct else inputs.lists
+        tensors = dv, self.x, partial, outputs.lists, inputs.inverse if layer.direct else inputs.lists
         places = (
             *layer.order, dv.stride(), self.x.stride(), tuple(self.x.shape[2:]), *layer.walk, *self.weight.shape[2:],
             layer.images, extents[1], positions, len(outputs.lists), outputs.kept,
@@ -977,16 +979,16 @@ class BackwardPass:
             **tile,
         }
         if layer.direct:
-            direct_weight_gradient_kernel[(tiles * chunks,)](
+            direct_chunk_kernel[(tiles * chunks,)](
                 *tensors, *places, outputs.channels, inputs.channels, outputs.per_group, inputs.per_group, row_blocks,
                 *chunk, **options,
             )  # fmt: skip
         else:
-            weight_gradient_kernel[(tiles * chunks,)](
+            chunk_kernel[(tiles * chunks,)](
                 *tensors, *places, inputs.kept, layer.groups, outputs.per_group, inputs.per_group, row_blocks,
-                column_blocks, *chunk, GROUPED=layer.groups > 1, PRECISION=_precision(), **options,
+                column_blocks, *chunk, GROUPED=layer.groups > 1, PRECISION=precision(), **options,
             )  # fmt: skip
-        self._add_chunks(partial, inverse, inverse_inputs, chunk)
+        self._add_chunks(partial, chunk)
 
     def _chunk(self, tile: dict[str, int], positions: int, tiles: int) -> Chunk:
         """Whole images, or parts of one where there are few: enough for a large GPU."""
@@ -998,13 +1000,13 @@ class BackwardPass:
             return Chunk(steps // blocks * of_tile, blocks, 1)
         return Chunk(of_tile, steps, triton.cdiv(blocks, steps))
 
-    def _add_chunks(self, partial: Tensor, inverse_outputs: Tensor, inverse_inputs: Tensor, chunk: Chunk) -> None:
+    def _add_chunks(self, partial: Tensor, chunk: Chunk) -> None:
         layer, grads = self.layer, self.grads
         inputs, outputs = layer.inputs, layer.outputs
         blocks = triton.cdiv(inputs.per_group * partial.shape[1], SUM_BLOCK)
         products = partial.new_empty((blocks, outputs.channels)) if self.scale is not None else None
-        weight_sum_kernel[(outputs.channels * blocks,)](
-            partial, inverse_outputs, inverse_inputs, layer.order[1], self.weight, self.scale, grads.weight, products,
+        chunk_sum_kernel[(outputs.channels * blocks,)](
+            partial, outputs.inverse, inputs.inverse, layer.order[1], self.weight, self.scale, grads.weight, products,
             self.weight.stride(), *self.weight.shape[2:], layer.images, len(outputs.lists), outputs.kept,
             outputs.channels, inputs.channels, outputs.per_group, inputs.per_group, blocks, chunk.images,
             chunk.of_positions, MIXED=layer.mixed, BLOCK=SUM_BLOCK,
@@ -1061,10 +1063,9 @@ def backward(
         if for_x:
             step.write_x_gradient(dv, numbers)
         if for_parameters:
-            inverse = layer.outputs.inverse()
-            step.write_weight_gradient(dv, inverse)
+            step.write_weight_gradient(dv)
             if row_sums is not None:
-                step.write_shift_gradient(row_sums, inverse)
+                step.write_shift_gradient(row_sums)
     return grads
 
 

@@ -370,7 +370,7 @@ def masked_conv2d(
 
 
 def run(op: Any, x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, *rest: Any) -> Tensor:
-    """Call `op`, a variant of the operator. Where nothing is differentiated, the gradient's Python layer would be half of a small call."""
+    """Call `op`, a variant of the operator. The gradient's Python layer would be half of a small call without one."""
     if _library.is_traced() or _differentiated(x, weight, scale, shift, rest[3]):
         return op(x, weight, scale, shift, *rest)
     with _C._AutoDispatchBelowAutograd():
