@@ -45,7 +45,7 @@ WANTED_PROGRAMS = 1024
 """Enough for a large GPU, the same on each, so that results are."""
 FULL_GPU = 264
 """Programs below which a smaller tile leaves less of a large GPU idle: two for each of its multiprocessors."""
-LEAST_POSITIONS = 32
+LEAST_POSITIONS = 64
 LEAST_STEPS = 16
 """Tiles of positions that a program of the weight's gradient adds up, where there are as many."""
 INT32_OFFSETS = 2**31
@@ -231,7 +231,7 @@ def _operands(
     """Tiles [rows, depths] of the weight and [depths, positions] of the source: a block of depths under one tap."""
     depths, low, high, first_channel, end_channel = of_depths
     source, source_strides, columns, extents, origin, step, tap_step = of_source
-    taps = tl.maximum(taps_h * taps_w, 1)
+    taps = taps_h * taps_w
     tap = i % taps
     k = low + i // taps * BLOCK_K + tl.arange(0, BLOCK_K)
     depth = tl.load(depths + k, k < high, -1)
@@ -935,6 +935,9 @@ class BackwardPass:
         for rows, columns in itertools.product(*by_axis):
             target = self.grads.x[:, :, rows.remainder :: numbers[0], columns.remainder :: numbers[1]]
             taps = self.weight[:, :, rows.first_tap :: rows.taps_apart, columns.first_tap :: columns.taps_apart]
+            if taps.numel() == 0:
+                target.zero_()
+                continue
             walk = Walk((rows.origin, columns.origin), (1, 1), (rows.tap_step, columns.tap_step))
             self.layer.product(dv, taps, target, walk, Epilogue(self.scale), transposed=True)
 
