@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -261,7 +262,7 @@ def switching(network: nn.Module, size: int, count: int = 200) -> dict[str, floa
     for pair in list(itertools.combinations(range(classes), 2))[-count:]:
         last = sub.classes
         start = time.perf_counter()
-        scores = selection.scores(sub.plan, selection.combined(atlas, np.array(pair), "max"), "max")
+        scores = selection.class_scores(sub.plan, atlas, np.array(pair), "max")
         scored = time.perf_counter()
         selection.choose(sub.plan, scores, np.array(pair), KEEP, "global")
         chosen = time.perf_counter()
@@ -318,9 +319,10 @@ def report(saved: dict[str, Any]) -> str:
     )
     work = dissection_work(SmallVGG().eval(), 32) / 1e9
     fastest, twenty = work * max(found.values()), 20 * work * found["published loop"]
+    about = saved["switching"]
     switches = "\n".join(
         f"| {name} | {' | '.join(f'{value:.0f}' for value in row.values())} |"
-        for name, row in saved["switching"]["microseconds"].items()
+        for name, row in about["microseconds"].items()
     )
     return f"""# Sub-networks on the digits
 
@@ -357,7 +359,7 @@ would be {twenty:.0f}; the machine of this table has 522 in float32 at most, and
 
 ## Switching
 
-To another pair of classes at 11 %, {saved["switching"]["threads"]} thread(s), {saved["switching"]["CPU"]}: in us,
+To another pair of classes at 11 %, {about["threads"]} thread(s), {about["CPU"]}, load {about["load"]:.1f}: in us,
 medians over pairs that come for the first time. Scores and choice are part of the switch; the rest prepares the layers.
 Weights are gathered by the first image.
 
@@ -400,11 +402,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         path.write_text(json.dumps(saved, indent=1) + "\n")
     if options.only in (None, "switching"):
         found = {name: switching(build().eval(), 32) for name, build in SWITCHED.items()}
-        saved["switching"] = {
-            "threads": options.threads,
-            "CPU": facts(torch.device("cpu"))["CPU"],
-            "microseconds": found,
-        }
+        about = {"threads": options.threads, "CPU": facts(torch.device("cpu"))["CPU"], "load": os.getloadavg()[0]}
+        saved["switching"] = {**about, "microseconds": found}
         path.write_text(json.dumps(saved, indent=1) + "\n")
     path.with_suffix(".md").write_text(report(saved))
     plot(saved["records"], path.with_suffix(".png"))

@@ -38,6 +38,11 @@ def backend(name: str) -> Iterator[None]:
         _requested = previous
 
 
+def requested() -> str:
+    """The backend that `pyext.backend` or ``PYEXT_BACKEND`` asks for now."""
+    return _requested
+
+
 @dataclass(frozen=True)
 class Operator:
     """An operator's backends, best first: each maps the arguments to the reason why it cannot run, or to None."""

@@ -6,6 +6,7 @@ from pyext.nn.distillation import EnsembleDistillation, MutualDistillation
 from pyext.nn.drop_block import DropBlock2d, drop_block_probability, set_drop_block_epoch
 from pyext.nn.hcgnet import SMG, GatedExcitation, HybridBlock, Transition
 from pyext.nn.lean import set_memory
+from pyext.nn.masked import MaskedConv2d, MaskedLinear
 from pyext.nn.memory_contrast import MemoryContrast
 from pyext.nn.peer_contrast import PeerContrast
 
@@ -19,6 +20,8 @@ __all__ = [
     "EnsembleDistillation",
     "GatedExcitation",
     "HybridBlock",
+    "MaskedConv2d",
+    "MaskedLinear",
     "MemoryContrast",
     "MutualDistillation",
     "PeerContrast",

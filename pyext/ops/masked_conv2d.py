@@ -48,13 +48,9 @@ class Geometry:
     groups: int = 1
     activation: int = 0
 
-    def numbers(self) -> list[int]:
-        """As kernels take them."""
-        return [*self.stride, *self.padding, *self.dilation, self.groups, self.activation]
-
     @staticmethod
     def of(numbers: list[int]) -> Geometry:
-        """The inverse of `numbers`."""
+        """From the numbers that kernels take: the fields, one after the other."""
         pairs = (tuple(numbers[i : i + 2]) for i in (0, 2, 4))
         return Geometry(*pairs, *numbers[6:])  # type: ignore[arg-type]
 
@@ -162,6 +158,13 @@ def reference(
         y = F.pad(y, (0, 0, 0, 0, 0, outputs.shape[1] - len(outs)))
         out = out.index_copy(0, torch.arange(len(x), device=x.device)[images], y)
     return out
+
+
+def checked_activation(activation: str | None) -> str | None:
+    """`activation`; ValueError for an unknown one."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"masked_conv2d: activation is {activation!r}, expected one of {ACTIVATIONS}")
+    return activation
 
 
 def activate(v: Tensor, activation: int) -> Tensor:
@@ -341,40 +344,69 @@ def masked_conv2d(
         TypeError: wrong dtype.
         BackendError: the backend asked for cannot run.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"masked_conv2d: activation is {activation!r}, expected one of {ACTIVATIONS}")
-    geometry = Geometry(
-        _pair("stride", stride),
-        _pair("padding", padding),
-        _pair("dilation", dilation),
-        groups,
-        ACTIVATIONS.index(activation),
-    )
-    ins = _list("inputs", inputs, weight.shape[1] * groups if weight.dim() > 1 else 0, x)
-    outs = _list("outputs", outputs, weight.shape[0], x)
+    checked_activation(activation)
+    numbers = [*_pair("stride", stride), *_pair("padding", padding), *_pair("dilation", dilation)]
+    numbers += groups, ACTIVATIONS.index(activation)
+    ins = _list(inputs, weight.shape[1] * groups if weight.dim() > 1 else 0, x)
+    outs = _list(outputs, weight.shape[0], x)
     if bias is not None:
         shift = _with_bias(weight, bias, scale, shift)
     arguments = x, weight, scale, shift, ins, outs, subnets, gate
     name = OPERATOR.choose(backend, x)
     if name == "reference":
-        validate(*arguments, geometry, pool)
-        return _pooled(reference(*arguments, geometry), pool)
+        validate(*arguments, Geometry.of(numbers), pool)
+        return _pooled(reference(*arguments, Geometry.of(numbers)), pool)
     below = 1 if _differentiated(x, weight, scale, shift, gate) else pool  # what the operator itself pools
     op = _OPS.masked_conv2d_triton.default if name == "triton" else _OPS.masked_conv2d.default
     try:
-        return _pooled(run(op, *arguments, geometry.numbers(), packed, below), pool // below)
+        return _pooled(_run(op, *arguments, numbers, packed, below), pool // below)
     except RuntimeError:
         # The kernels check what memory safety needs; the sentence that names the argument is made here.
-        validate(*arguments, geometry, pool)
+        validate(*arguments, Geometry.of(numbers), pool)
         raise
 
 
-def run(op: Any, x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, *rest: Any) -> Tensor:
-    """Call `op`, a variant of the operator. The gradient's Python layer would be half of a small call without one."""
+def _run(op: Any, x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, *rest: Any) -> Tensor:
     if _library.is_traced() or _differentiated(x, weight, scale, shift, rest[3]):
         return op(x, weight, scale, shift, *rest)
+    # Where nothing is differentiated, the gradient's Python layer would be half of a small call's time.
     with _C._AutoDispatchBelowAutograd():
         return op(x, weight, scale, shift, *rest)
+
+
+@dataclass(frozen=True)
+class PreparedConv2d:
+    """`masked_conv2d` with all but x and subnets fixed, on the CPU, outside of autograd and of traces.
+
+    For calls of small layers, of which looking at arguments is a large part. Arguments are those of the operator
+    (csrc/ops.cpp): lists of two dimensions, the numbers of `Geometry`.
+    """
+
+    weight: Tensor
+    scale: Tensor | None
+    shift: Tensor | None
+    inputs: Tensor
+    outputs: Tensor
+    numbers: list[int]
+    packed: Tensor
+    pool: int = 1
+
+    def __call__(self, x: Tensor, subnets: Tensor | None = None) -> Tensor:
+        """The result for x."""
+        with _C._AutoDispatchBelowAutograd():
+            return _OPS.masked_conv2d.default(
+                x,
+                self.weight,
+                self.scale,
+                self.shift,
+                self.inputs,
+                self.outputs,
+                subnets,
+                None,
+                self.numbers,
+                self.packed,
+                self.pool,
+            )
 
 
 def _differentiated(*tensors: Tensor | None) -> bool:
@@ -422,8 +454,8 @@ def pack_masked_conv2d(
 
     Arguments as there; weight on the CPU. Returns (elements,) in weight's accumulate dtype, not differentiable.
     """
-    ins = _list("inputs", inputs, weight.shape[1] * groups, weight)
-    outs = _list("outputs", outputs, weight.shape[0], weight)
+    ins = _list(inputs, weight.shape[1] * groups, weight)
+    outs = _list(outputs, weight.shape[0], weight)
     _validate_lists(weight, weight, ins, outs, torch.zeros(len(weight), dtype=torch.int64), groups, True)
     with torch.no_grad():
         return _OPS.masked_conv2d_pack(weight.detach(), ins, outs, groups)
@@ -437,7 +469,7 @@ def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
     raise ValueError(f"masked_conv2d: {name} is {value!r}, expected a number or two")
 
 
-def _list(name: str, kept: Tensor | None, channels: int, x: Tensor) -> Tensor:
+def _list(kept: Tensor | None, channels: int, x: Tensor) -> Tensor:
     if kept is None:
         return torch.arange(channels, device=x.device)[None]
     return kept[None] if kept.dim() == 1 else kept

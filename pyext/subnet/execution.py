@@ -1,9 +1,16 @@
-"""Convolution, batch norm and linear layer over kept channels, on the whole network's own weights."""
+"""Sub-networks' operations over kept channels, on the whole network's own weights.
+
+A convolution runs as `pyext.ops.masked_conv2d`, together with the batch norm, activation and max-pool that follow it in
+evaluation. Images of one batch may each have a sub-network of their own: tensors then hold, of each image, the channels
+of its sub-network, and behind the last one of a smaller sub-network whatever it may be, which nothing reads.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import copy
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,165 +18,492 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from pyext.subnet.graph import LAYERS, Layer, Norm, Plan, channel_padding, is_padding, is_reshape, position_padding
+from pyext._backend import requested
+from pyext._C import unchanged
+from pyext.nn.hooks import has_forward_hooks
+from pyext.nn.masked import split_padding
+from pyext.ops.masked_conv2d import (
+    ACTIVATIONS,
+    OPERATOR,
+    PreparedConv2d,
+    masked_conv2d,
+    masked_linear,
+    pack_masked_conv2d,
+)
+from pyext.subnet.graph import (
+    LAYERS,
+    NORMS,
+    Norm,
+    Plan,
+    calls,
+    channel_padding,
+    is_concatenation,
+    is_padding,
+    is_reshape,
+    only_user,
+    position_padding,
+)
+
+DENSE_BATCH, DENSE_INPUTS = 8, 40
+"""From so many images, and so many kept inputs in the mean of all multiply-adds, torch's own convolutions on folded
+weights in channels_last are faster (bench/results/subnet_execution.md)."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """Groups of a convolution that keep equally many inputs and outputs: one call.
+class Step:
+    """A node of the network, or a convolution with what follows it; `value` is the node whose value it gives."""
 
-    `positions` are the inputs' places in the compact input (None: all, in order), `rows` the kept outputs, `columns`
-    (len(rows), inputs per group) each row's kept inputs within its group. A group with outputs and without inputs gives
-    its bias: `columns` is then empty.
-    """
-
-    positions: np.ndarray | None
-    rows: np.ndarray
-    columns: np.ndarray
-    groups: int
+    node: fx.Node
+    value: fx.Node
+    norm: fx.Node | None = None
+    activation: str | None = None
+    pool: int = 1
 
     @property
-    def fan_in(self) -> int:
-        """Inputs of each group; one, with weight zero, where none is kept."""
-        return max(1, self.columns.shape[1])
-
-    def weight(self, conv: nn.Conv2d) -> Tensor:
-        """The kept part of the weight of `conv`; gradients reach the whole weight."""
-        if self.columns.shape[1] == 0:
-            return conv.weight.new_zeros(len(self.rows), 1, *conv.kernel_size)
-        rows = torch.from_numpy(self.rows).to(conv.weight.device)
-        if conv.groups == 1:
-            columns = torch.from_numpy(np.ascontiguousarray(self.columns[0])).to(conv.weight.device)
-            return conv.weight.index_select(0, rows).index_select(1, columns)
-        return conv.weight[rows[:, None], torch.from_numpy(self.columns).to(conv.weight.device)]
+    def source(self) -> str:
+        """What the node reads first."""
+        return str(self.node.args[0])
 
 
-def parts(conv: nn.Conv2d, inputs: np.ndarray, outputs: np.ndarray) -> list[Part]:
-    """The calls that make `conv` over the kept channels `inputs` and `outputs`, both sorted; outputs stay in order."""
-    fan_in, fan_out = conv.in_channels // conv.groups, conv.out_channels // conv.groups
-    found = []
-    for group in np.unique(outputs // fan_out):
-        positions = np.flatnonzero(inputs // fan_in == group)
-        rows = outputs[outputs // fan_out == group]
-        columns = np.tile(inputs[positions] - group * fan_in, (len(rows), 1))
-        found.append(Part(positions if len(positions) else np.zeros(1, dtype=np.int64), rows, columns, 1))
-    shapes = {part.columns.shape for part in found}
-    if len(shapes) > 1 or next(iter(shapes))[1] == 0:
-        return found
-    positions = np.concatenate([part.positions for part in found])
-    everything = len(positions) == len(inputs)
-    rows, columns = (np.concatenate([getattr(part, name) for part in found]) for name in ("rows", "columns"))
-    return [Part(None if everything else positions, rows, columns, len(found))]
+class Recipe:
+    """What running sub-networks of one plan takes, whatever their channels: steps, layers, and whether those changed.
+
+    Attributes:
+        stamp: another number whenever weights or statistics of the network have changed; None where that cannot be
+            told, so that nothing made of them can be kept.
+    """
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.modules: dict[str, Any] = {node.name: plan.submodule(node) for node in plan.module.graph.nodes}
+        self.steps = {fused: _steps(plan, fused) for fused in (False, True)}
+        self.last = {fused: _last_uses(steps) for fused, steps in self.steps.items()}
+        self.operations = {
+            step.node.name: _operation(step.node, self.modules[step.node.name]) for step in self.steps[False]
+        }
+        numbers: dict[bytes, int] = {}
+        self.lists = {name: numbers.setdefault(ids.tobytes(), len(numbers)) for name, ids in plan.channels.items()}
+        self.norms = [layer for _, layer in plan.layers() if isinstance(layer, NORMS)]
+        self._layers = [layer for _, layer in plan.layers()]
+        self._seen: tuple[Any, ...] | None = None
+        self._versions: list[tuple[int, int]] = []
+        self._count = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recipe:
+        return Recipe(copy.deepcopy(self.plan, memo))
+
+    def stamp(self) -> int | None:
+        """See the class."""
+        if torch.compiler.is_compiling():
+            return None
+        if self._seen is None or not unchanged(*self._seen[:2]):
+            dictionaries = [d for m in self._layers for d in (m.__dict__, m._parameters, m._buffers)]
+            items = tuple(tuple(itertools.chain.from_iterable(d.items())) for d in dictionaries)
+            tensors = [
+                t for m in self._layers for t in (*m._parameters.values(), *m._buffers.values()) if t is not None
+            ]
+            self._seen = tuple(dictionaries), items, tensors
+            self._versions = []
+        if any(tensor.is_inference() for tensor in self._seen[2]):
+            return None
+        versions = [(tensor._version, tensor.data_ptr()) for tensor in self._seen[2]]
+        if versions != self._versions:
+            self._versions, self._count = versions, self._count + 1
+        return self._count
+
+
+def _steps(plan: Plan, fused: bool) -> list[Step]:
+    found: list[Step] = []
+    done: set[fx.Node] = set()
+    for node in plan.module.graph.nodes:
+        if node.op in ("placeholder", "output") or node in done:
+            continue
+        step = _fused(plan, node) if fused and isinstance(plan.submodule(node), nn.Conv2d) else Step(node, node)
+        found.append(step)
+        while node is not step.value:
+            node = next(iter(node.users))
+            done.add(node)
+    return found
+
+
+def _fused(plan: Plan, conv: fx.Node) -> Step:
+    """The convolution with the batch norm, activation and max-pool that follow it, each the only reader of the last."""
+    value, norm, activation, pool = conv, None, None, 1
+    user = only_user(value)
+    if user is not None and isinstance(plan.submodule(user), NORMS):
+        value = norm = user
+        user = only_user(value)
+    if user is not None and (found := _activation(plan, user)) is not None:
+        value, activation = user, found
+        user = only_user(value)
+    if user is not None and _pools_pairs(plan, user):
+        value, pool = user, 2
+    return Step(conv, value, norm, activation, pool)
+
+
+def _activation(plan: Plan, node: fx.Node) -> str | None:
+    if _is_hooked(plan, node):
+        return None
+    for kind, names in ((nn.ReLU, ("relu", "relu_")), (nn.ReLU6, ("relu6",))):
+        if any(calls(plan.module, node, kind, name) for name in names):
+            return names[0]
+    return None
+
+
+def _pools_pairs(plan: Plan, node: fx.Node) -> bool:
+    """Whether `node` is a max-pool of windows of 2x2, one beside the other, and nothing else."""
+    module = plan.submodule(node)
+    if _is_hooked(plan, node):
+        return False
+    if type(module) is nn.MaxPool2d:
+        settings = (module.kernel_size, module.stride, module.padding, module.dilation)
+        plain = not module.ceil_mode and not module.return_indices
+        return plain and all(s in (n, (n, n)) for s, n in zip(settings, (2, 2, 0, 1), strict=True))
+    return calls(plan.module, node, nn.MaxPool2d, "max_pool2d") and node.args[1:] == (2,) and not node.kwargs
+
+
+def _is_hooked(plan: Plan, node: fx.Node) -> bool:
+    module = plan.submodule(node)
+    return module is not None and has_forward_hooks(module)
+
+
+def _last_uses(steps: list[Step]) -> list[list[str]]:
+    """By step, the values that no later one reads."""
+    last = {source.name: i for i, step in enumerate(steps) for source in step.node.all_input_nodes}
+    found: list[list[str]] = [[] for _ in steps]
+    for name, i in last.items():
+        found[i].append(name)
+    return found
+
+
+def _operation(node: fx.Node, module: nn.Module | None) -> Callable[[dict[str, Any]], Any]:
+    """The node as a function of the values so far."""
+    if module is not None and len(node.args) == 1 and isinstance(node.args[0], fx.Node) and not node.kwargs:
+        source = node.args[0].name
+        return lambda values: module(values[source])
+
+    def call(values: dict[str, Any]) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n.name])
+        if module is not None:
+            return module(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    return call
 
 
 @dataclass(frozen=True)
-class _Pack:
-    """Kept weights and biases of a layer, gathered from tensors that are the same as long as their `state` is."""
+class Dense:
+    """A convolution's kept weights, with batch norm, in channels_last: for torch's own convolution."""
 
-    state: tuple[Any, ...]
-    tensors: list[Tensor | None]
+    weight: Tensor
+    bias: Tensor | None
+    conv: nn.Conv2d
 
-
-def _state(layer: nn.Module) -> tuple[Any, ...] | None:
-    """Differs once a parameter or running statistic of `layer` has changed or moved; None where that cannot be told."""
-    tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
-    if any(t.is_inference() for t in tensors) or torch.compiler.is_compiling():
-        return None
-    return tuple((t._version, t.data_ptr(), t.dtype, t.device) for t in tensors)
+    def __call__(self, x: Tensor) -> Tensor:
+        """Without what follows the convolution."""
+        conv = self.conv
+        return F.conv2d(x, self.weight, self.bias, conv.stride, conv.padding, conv.dilation)  # type: ignore[arg-type]
 
 
-class Compact(fx.Interpreter):
-    """Runs a plan over the channels of `groups` alone: tensors hold those, in the network's order.
+@dataclass
+class Compact:
+    """Runs the sub-networks of `selections`, each the channel groups that it keeps, bool (groups,).
 
     Without gradients the kept weights are gathered once and used again until the network's change; `forget` drops them.
     """
 
-    def __init__(self, plan: Plan, groups: np.ndarray):
-        super().__init__(plan.module)
-        self.plan = plan
-        self.kept = {name: np.flatnonzero(groups[ids]) for name, ids in plan.channels.items()}
-        self.parts: dict[str, list[Part]] = {}
-        for node, layer in plan.layers():
-            if isinstance(layer, nn.Conv2d):
-                self.parts[node.name] = parts(layer, self.inputs(node), self.kept[node.name])
-        self._packs: dict[str, _Pack] = {}
+    recipe: Recipe
+    selections: Sequence[np.ndarray]
+    _lists: dict[int, Tensor] = field(default_factory=dict)
+    _gathered: dict[tuple[str, type], Any] = field(default_factory=dict)
+    _indices: dict[str, Tensor] = field(default_factory=dict)
+    _stamp: int | None = None
+    _suits_dense: bool | None = None
 
-    def inputs(self, n: fx.Node) -> np.ndarray:
-        """The kept channels of what `n` reads."""
-        return self.kept[str(n.args[0])]
+    def __deepcopy__(self, memo: dict[int, Any]) -> Compact:
+        return Compact(copy.deepcopy(self.recipe, memo), self.selections)
+
+    @property
+    def plan(self) -> Plan:
+        """The network's."""
+        return self.recipe.plan
 
     def forget(self) -> None:
         """Let go of gathered weights."""
-        self._packs.clear()
+        self._gathered.clear()
 
-    def _tensors(self, n: fx.Node, layer: Layer) -> list[Tensor | None]:
-        """What the layer of `n` computes with: weight and bias of each of its calls."""
-        state = None if torch.is_grad_enabled() or layer.training else _state(layer)
-        pack = self._packs.get(n.name)
-        if state is not None and pack is not None and pack.state == state:
-            return pack.tensors
-        tensors = self._gather(n, layer)
-        if state is not None:
-            self._packs[n.name] = _Pack(state, tensors)
-        return tensors
+    @property
+    def bytes(self) -> int:
+        """Of gathered weights."""
+        tensors = (t for found in self._gathered.values() for t in vars(found).values() if isinstance(t, Tensor))
+        own = (t for t in tensors if not isinstance(t, nn.Parameter))
+        return sum(t.nbytes for t in own)
 
-    def _gather(self, n: fx.Node, layer: Layer) -> list[Tensor | None]:
-        if isinstance(layer, nn.Conv2d):
-            calls = self.parts[n.name]
-            return [t for part in calls for t in (part.weight(layer), _rows(layer.bias, part.rows))]
-        rows = self.kept[n.name]
-        if isinstance(layer, nn.Linear):
-            columns = torch.from_numpy(self.inputs(n)).to(layer.weight.device)
-            weight = _rows(layer.weight, rows)
-            assert weight is not None
-            return [weight.index_select(1, columns), _rows(layer.bias, rows)]
-        return [_rows(t, rows) for t in (layer.weight, layer.bias, layer.running_mean, layer.running_var)]
+    def gathered(self, step: Step, kind: type, make: Callable[[Step], Any]) -> Any:
+        """What `make` makes of the weights of `step`, kept until they change."""
+        key = step.node.name, kind
+        found = self._gathered.get(key)
+        if found is None:
+            self._gathered[key] = found = make(step)
+        return found
 
-    def run_node(self, n: fx.Node) -> Any:
-        """The value of `n` over the kept channels."""
-        layer = self.plan.submodule(n)
-        if isinstance(layer, LAYERS):
-            (x,), _ = self.fetch_args_kwargs_from_env(n)
-            return self._layer(n, layer, x)
-        if is_padding(n):
-            x = self.fetch_args_kwargs_from_env(n)[0][0]
-            return place(x, position_padding(n), self.places(n).to(x.device))
-        if is_reshape(n):
-            return torch.flatten(self.fetch_args_kwargs_from_env(n)[0][0], 1)
-        return super().run_node(n)
+    def kept(self, name: str, selection: int = 0) -> np.ndarray:
+        """The channels that a sub-network keeps of a node's value."""
+        return np.flatnonzero(self.selections[selection][self.plan.channels[name]])
 
-    def places(self, n: fx.Node) -> Tensor:
-        """Where each kept channel of the padding `n` comes from in its compact input; -1 is zero."""
-        inputs = self.inputs(n) + channel_padding(n)[0]
-        found = np.searchsorted(inputs, self.kept[n.name])
+    def inputs(self, node: fx.Node) -> np.ndarray:
+        """The channels that the first sub-network keeps of what `node` reads."""
+        return self.kept(str(node.args[0]))
+
+    def lists(self, name: str) -> Tensor:
+        """Those of all sub-networks, int64 (sub-networks, most channels), -1 behind the last of a shorter list."""
+        number = self.recipe.lists[name]
+        found = self._lists.get(number)
+        if found is None:
+            rows = [torch.from_numpy(self.kept(name, i)) for i in range(len(self.selections))]
+            found = rows[0][None] if len(rows) == 1 else nn.utils.rnn.pad_sequence(rows, True, -1)
+            self._lists[number] = found = found.to(next(self.plan.module.parameters()).device)
+        return found
+
+    def run(self, x: Tensor, subnets: Tensor | None = None) -> Tensor:
+        """The logits of images x (N, C, H, W); `subnets` int64 (N,) gives each image's sub-network, if several."""
+        recipe = self.recipe
+        training = any(norm.training for norm in recipe.norms)
+        if subnets is not None and training:
+            raise ValueError("task: images of several sub-networks have no batch statistics in common: call eval()")
+        fused = not training and all(norm.running_mean is not None for norm in recipe.norms)
+        run = _Run(self, subnets, x, self._keeps())
+        if run.dense:
+            x = x.contiguous(memory_format=torch.channels_last)
+        values: dict[str, Any] = {next(iter(self.plan.module.graph.nodes)).name: x}
+        result: Any = x
+        for step, unused in zip(recipe.steps[fused], recipe.last[fused], strict=True):
+            result = run.value(step, values)
+            for name in unused:
+                del values[name]
+            values[step.value.name] = result
+        return result
+
+    def _keeps(self) -> bool:
+        """Whether constants made of weights can be kept; those of older weights are dropped."""
+        if torch.is_grad_enabled():
+            return False
+        stamp = self.recipe.stamp()
+        if stamp != self._stamp:
+            self._stamp = stamp
+            self.forget()
+        return stamp is not None
+
+    def suits_dense(self) -> bool:
+        """Whether torch's own convolutions are faster for a batch."""
+        if self._suits_dense is None:
+            products = weighted = 0
+            plain = len(self.selections) == 1
+            for node, layer in self.plan.layers():
+                if isinstance(layer, nn.Conv2d):
+                    inputs = len(self.inputs(node))
+                    size = layer.kernel_size[0] * layer.kernel_size[1] * int(np.prod(self.plan.shapes[node.name][1:]))
+                    products += inputs * len(self.kept(node.name)) * size
+                    weighted += inputs * inputs * len(self.kept(node.name)) * size
+                    plain = plain and layer.groups == 1
+            self._suits_dense = plain and weighted >= DENSE_INPUTS * products
+        return self._suits_dense
+
+    def index(self, name: str, make: Callable[[int], np.ndarray]) -> Tensor:
+        """`make(selection)` of all sub-networks, int64 (sub-networks, the longest), 0 behind shorter ones; kept."""
+        found = self._indices.get(name)
+        if found is None:
+            rows = [torch.from_numpy(make(i)) for i in range(len(self.selections))]
+            found = nn.utils.rnn.pad_sequence(rows, True, 0).to(next(self.plan.module.parameters()).device)
+            self._indices[name] = found
+        return found
+
+    def places(self, node: fx.Node, selection: int = 0) -> np.ndarray:
+        """Where each kept channel of the padding `node` comes from in its compact input; -1 is zero."""
+        inputs = self.kept(str(node.args[0]), selection) + channel_padding(node)[0]
+        outputs = self.kept(node.name, selection)
+        found = np.searchsorted(inputs, outputs)
         found[found == len(inputs)] = 0
-        return torch.from_numpy(np.where(inputs[found] == self.kept[n.name], found, -1))
-
-    def _layer(self, n: fx.Node, layer: Layer, x: Tensor) -> Tensor:
-        tensors = self._tensors(n, layer)
-        if isinstance(layer, nn.Conv2d):
-            return convolve(x, layer, self.parts[n.name], tensors)
-        if isinstance(layer, nn.Linear):
-            return F.linear(x, *tensors)  # type: ignore[arg-type]
-        return normalise(x, layer, self.kept[n.name], tensors)
+        return np.where(inputs[found] == outputs, found, -1)
 
 
-def _rows(tensor: Tensor | None, rows: np.ndarray) -> Tensor | None:
-    return None if tensor is None else tensor.index_select(0, torch.from_numpy(rows).to(tensor.device))
+class _Run:
+    """One run of a `Compact`: how its operations are computed."""
+
+    def __init__(self, compact: Compact, subnets: Tensor | None, x: Tensor, keeps: bool):
+        self.compact, self.recipe, self.subnets = compact, compact.recipe, subnets
+        backend = OPERATOR.choose(None, x)
+        self.prepared = keeps and backend == "cpu"
+        self.dense = (
+            self.prepared
+            and requested() == "auto"
+            and len(x) >= DENSE_BATCH
+            and x.dtype == torch.float32
+            and compact.suits_dense()
+        )
+
+    def value(self, step: Step, values: dict[str, Any]) -> Any:
+        """The value of `step`."""
+        node = step.node
+        layer = self.recipe.modules[node.name]
+        if isinstance(layer, LAYERS):
+            x = values[step.source]
+            if isinstance(layer, nn.Conv2d):
+                return self._convolve(step, layer, x)
+            return self._linear(step, layer, x) if isinstance(layer, nn.Linear) else self._normalise(step, layer, x)
+        if is_padding(node):
+            places = self.compact.index(node.name, lambda i: self.compact.places(node, i) + 1)
+            x = F.pad(values[step.source], position_padding(node))
+            return self._select(torch.cat([x.new_zeros(len(x), 1, *x.shape[2:]), x], dim=1), places)
+        if is_reshape(node):
+            return torch.flatten(values[step.source], 1)
+        result = self.recipe.operations[node.name](values)
+        if self.subnets is not None and is_concatenation(node):
+            return self._select(result, self.compact.index(node.name, lambda i: self._joined(node, i)))
+        return result
+
+    def _joined(self, node: fx.Node, selection: int) -> np.ndarray:
+        """Where the channels of a sub-network stand in a concatenation of tensors that have room for any's."""
+        sources = [source.name for source in node.all_input_nodes]
+        widths = [self.compact.lists(source).shape[1] for source in sources]
+        starts = np.cumsum([0, *widths[:-1]])
+        return np.concatenate(
+            [start + np.arange(len(self.compact.kept(s, selection))) for s, start in zip(sources, starts, strict=True)]
+        )
+
+    def _select(self, x: Tensor, index: Tensor) -> Tensor:
+        """Of each image the channels that `index` (sub-networks, channels) has for its sub-network."""
+        if self.subnets is None:
+            return x.index_select(1, index[0])
+        own = index[self.subnets]
+        return x.gather(1, own.view(*own.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
+
+    def _convolve(self, step: Step, conv: nn.Conv2d, x: Tensor) -> Tensor:
+        if self.dense:
+            dense = self.compact.gathered(step, Dense, self._dense)
+            return followed(dense(x), step)
+        before, padding = split_padding(conv)
+        if any(before):
+            x = F.pad(x, before)
+        if self.prepared:
+            return self.compact.gathered(step, PreparedConv2d, self._prepared)(x, self.subnets)
+        norm = None if step.norm is None else self.recipe.modules[step.norm.name]
+        scale, shift = affine(norm, conv.weight.dtype)
+        return masked_conv2d(
+            x,
+            conv.weight,
+            conv.bias,
+            inputs=self.compact.lists(step.source),
+            outputs=self.compact.lists(step.node.name),
+            subnets=self.subnets,
+            scale=scale,
+            shift=shift,
+            activation=step.activation,
+            stride=conv.stride,  # type: ignore[arg-type]
+            padding=padding,
+            dilation=conv.dilation,  # type: ignore[arg-type]
+            groups=conv.groups,
+            pool=step.pool,
+        )
+
+    def _constants(self, step: Step) -> tuple[nn.Conv2d, Tensor | None, Tensor | None]:
+        """The convolution of `step` and what scales and shifts its result."""
+        conv = self.recipe.modules[step.node.name]
+        scale, shift = affine(None if step.norm is None else self.recipe.modules[step.norm.name], conv.weight.dtype)
+        if conv.bias is not None:
+            own = conv.bias if scale is None else conv.bias * scale
+            shift = own.detach() if shift is None else shift + own
+        return conv, scale, shift
+
+    def _prepared(self, step: Step) -> PreparedConv2d:
+        conv, scale, shift = self._constants(step)
+        lists = {"inputs": self.compact.lists(step.source), "outputs": self.compact.lists(step.node.name)}
+        numbers = [
+            *conv.stride,
+            *split_padding(conv)[1],
+            *conv.dilation,
+            conv.groups,
+            ACTIVATIONS.index(step.activation),
+        ]
+        packed = pack_masked_conv2d(conv.weight, **lists, groups=conv.groups)
+        return PreparedConv2d(conv.weight, scale, shift, **lists, numbers=numbers, packed=packed, pool=step.pool)
+
+    def _dense(self, step: Step) -> Dense:
+        conv, scale, shift = self._constants(step)
+        inputs, outputs = self.compact.lists(step.source)[0], self.compact.lists(step.node.name)[0]
+        weight = conv.weight.detach().index_select(0, outputs).index_select(1, inputs)
+        if scale is not None:
+            weight = weight * scale[outputs, None, None, None]
+        bias = None if shift is None else shift[outputs]
+        return Dense(weight.contiguous(memory_format=torch.channels_last), bias, conv)
+
+    def _linear(self, step: Step, layer: nn.Linear, x: Tensor) -> Tensor:
+        inputs, outputs = self.compact.lists(step.source), self.compact.lists(step.node.name)
+        if self.subnets is not None:
+            return masked_linear(x, layer.weight, layer.bias, inputs=inputs, outputs=outputs, subnets=self.subnets)
+        if self.prepared:
+            return self.compact.gathered(step, KeptLinear, lambda _: KeptLinear.of(layer, inputs[0], outputs[0]))(x)
+        return KeptLinear.of(layer, inputs[0], outputs[0])(x)
+
+    def _normalise(self, step: Step, norm: Norm, x: Tensor) -> Tensor:
+        lists = self.compact.lists(step.node.name)
+        if self.subnets is None:
+            return normalise(x, norm, lists[0])
+        if norm.running_mean is None:
+            raise ValueError(f"task: {step.node.target} has no running statistics to normalise images one by one")
+        rows = lists.clamp(min=0)[self.subnets]
+        scale, shift = (t[rows].view(*rows.shape, *[1] * (x.dim() - 2)) for t in affine(norm, x.dtype))  # type: ignore[index]
+        return x * scale + shift
 
 
-def convolve(x: Tensor, conv: nn.Conv2d, calls: list[Part], tensors: list[Tensor | None]) -> Tensor:
-    """`conv` over the compact `x`, as `parts` divides it; `tensors` are each call's weight and bias."""
-    results = []
-    for part, weight, bias in zip(calls, tensors[::2], tensors[1::2], strict=True):
-        own = x if part.positions is None else x.index_select(1, torch.from_numpy(part.positions).to(x.device))
-        results.append(F.conv2d(own, weight, bias, conv.stride, conv.padding, conv.dilation, part.groups))  # type: ignore[arg-type]
-    return results[0] if len(results) == 1 else torch.cat(results, dim=1)
+@dataclass(frozen=True)
+class KeptLinear:
+    """A linear layer's kept weights."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @staticmethod
+    def of(layer: nn.Linear, inputs: Tensor, outputs: Tensor) -> KeptLinear:
+        """Of the kept features; gradients reach the whole weight."""
+        bias = None if layer.bias is None else layer.bias.index_select(0, outputs)
+        return KeptLinear(layer.weight.index_select(0, outputs).index_select(1, inputs), bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
 
 
-def normalise(x: Tensor, norm: Norm, rows: np.ndarray, tensors: list[Tensor | None]) -> Tensor:
-    """`norm` over its channels `rows`, whose `tensors` are given; in training their statistics alone are moved."""
-    weight, bias, own_mean, own_variance = tensors
+def followed(x: Tensor, step: Step) -> Tensor:
+    """What `step` does behind a convolution with batch norm; x is overwritten."""
+    if step.activation is not None:
+        x = x.relu_() if step.activation == "relu" else F.relu6(x, inplace=True)
+    return x if step.pool == 1 else F.max_pool2d(x, step.pool)
+
+
+def affine(norm: Norm | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """Scale and shift of a batch norm in evaluation, of `dtype`; None without one."""
+    if norm is None:
+        return None, None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    scale = torch.rsqrt(norm.running_var.to(wide) + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    shift = -norm.running_mean * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias
+    return scale.to(dtype), shift.to(dtype)
+
+
+def normalise(x: Tensor, norm: Norm, rows: Tensor) -> Tensor:
+    """`norm` over its channels `rows`; in training their statistics alone are moved."""
+    weight, bias, own_mean, own_variance = (
+        None if t is None else t.index_select(0, rows)
+        for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    )
     if own_mean is None or own_variance is None:
         return F.batch_norm(x, None, None, weight, bias, True, 0.0, norm.eps)
     momentum = norm.momentum
@@ -178,15 +512,7 @@ def normalise(x: Tensor, norm: Norm, rows: np.ndarray, tensors: list[Tensor | No
         momentum = 1 / float(norm.num_batches_tracked) if momentum is None else momentum
     y = F.batch_norm(x, own_mean, own_variance, weight, bias, norm.training, momentum or 0.0, norm.eps)
     if norm.training:
-        places = torch.from_numpy(rows).to(x.device)
         for whole, own in ((norm.running_mean, own_mean), (norm.running_var, own_variance)):
             assert whole is not None
-            whole.index_copy_(0, places, own)
+            whole.index_copy_(0, rows, own)
     return y
-
-
-def place(x: Tensor, padding: Sequence[int], places: Tensor) -> Tensor:
-    """`x` padded by `padding` at its positions, channel `places[i]` of it at i, zeros where that is -1."""
-    x = F.pad(x, list(padding))
-    zeros = x.new_zeros(x.shape[0], 1, *x.shape[2:])
-    return torch.cat([zeros, x], dim=1).index_select(1, places + 1)

@@ -261,7 +261,13 @@ class _Follower:
                 **dict.fromkeys(_PAIRWISE, self._pairwise),
                 **dict.fromkeys(_CONCATENATIONS, self._concatenated),
                 **dict.fromkeys(_RESHAPES, self._flattened),
-                **{"mean": self._mean, "getitem": self._cropped, "pad": self._padded, "context_pool": self._pooled},
+                **{
+                    "mean": self._mean,
+                    "sum": self._mean,
+                    "getitem": self._cropped,
+                    "pad": self._padded,
+                    "context_pool": self._pooled,
+                },
             }
             if name in rules:
                 return rules[name](node)
@@ -313,11 +319,15 @@ class _Follower:
         others = [a for a in operands if a not in tensors]
         if any(not isinstance(other, (int, float)) for other in others) or not tensors:
             raise self._unsupported(node, "arithmetic with something other than tensors and numbers")
-        first, *rest = (self.channels[tensor] for tensor in tensors)
-        for other in rest:
-            if len(other) != len(first):
-                raise self._unsupported(node, f"a broadcast of {len(other)} channels to {len(first)}")
-            self.groups.unite(first, other)
+        if len({len(self.shapes[tensor]) for tensor in tensors}) > 1:
+            raise self._unsupported(node, "arithmetic with tensors of different dimensions")
+        found = [self.channels[tensor] for tensor in tensors]
+        first = max(found, key=len)
+        for other in found:
+            if len(other) == len(first):
+                self.groups.unite(first, other)
+            else:  # one, which all channels of the others share: it is always kept
+                self._kept(other)
         return first
 
     def _concatenated(self, node: fx.Node) -> np.ndarray:
@@ -338,7 +348,7 @@ class _Follower:
         dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
         over = {d % 4 for d in dims} if isinstance(dims, (tuple, list)) else None
         if over is None or not over <= {2, 3}:
-            raise self._unsupported(node, f"a mean over {dims}, expected the positions (2, 3)")
+            raise self._unsupported(node, f"a {_name(node)} over {dims}, expected the positions (2, 3)")
         return self._input(node)
 
     def _pooled(self, node: fx.Node) -> np.ndarray:
@@ -367,8 +377,9 @@ class _Follower:
             if node.op != "call_module" or not isinstance(self._called(node), nn.Conv2d):
                 continue
             gate = self._gate(node)
-            own = channels[gate.name]
-            if gate.name not in gates.values() and not classes.intersection(own.tolist()) and not fixed[own].all():
+            if fixed[channels[node.name]].all():  # there is no choice to make
+                continue
+            if gate.name not in gates.values() and not classes.intersection(channels[gate.name].tolist()):
                 gates[str(node.target)] = gate.name
         if not gates:
             raise UnsupportedNetwork("plan: the network has no convolution whose channels could be left out")
@@ -412,6 +423,11 @@ def is_padding(node: fx.Node) -> bool:
 def is_reshape(node: fx.Node) -> bool:
     """Whether `node` flattens maps to features by numbers that hold for the whole network alone."""
     return node.op in ("call_function", "call_method") and _name(node) in _RESHAPES
+
+
+def is_concatenation(node: fx.Node) -> bool:
+    """Whether `node` appends tensors' channels."""
+    return node.op == "call_function" and _name(node) in _CONCATENATIONS
 
 
 def _name(node: fx.Node) -> str:

@@ -4,14 +4,65 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from pyext.subnet.execution import Compact, Part, place
+from pyext.subnet.execution import Compact
 from pyext.subnet.graph import NORMS, Norm, Plan, is_padding, is_reshape, position_padding
+
+
+@dataclass(frozen=True)
+class Part:
+    """Groups of a convolution that keep equally many inputs and outputs: one convolution.
+
+    `positions` are the inputs' places in the compact input (None: all, in order), `rows` the kept outputs, `columns`
+    (len(rows), inputs per group) each row's kept inputs within its group. A group with outputs and without inputs gives
+    its bias: `columns` is then empty.
+    """
+
+    positions: np.ndarray | None
+    rows: np.ndarray
+    columns: np.ndarray
+    groups: int
+
+    @property
+    def fan_in(self) -> int:
+        """Inputs of each group; one, with weight zero, where none is kept."""
+        return max(1, self.columns.shape[1])
+
+    def weight(self, conv: nn.Conv2d) -> Tensor:
+        """The kept part of the weight of `conv`."""
+        if self.columns.shape[1] == 0:
+            return conv.weight.new_zeros(len(self.rows), 1, *conv.kernel_size)
+        rows = torch.from_numpy(self.rows).to(conv.weight.device)
+        if conv.groups == 1:
+            columns = torch.from_numpy(np.ascontiguousarray(self.columns[0])).to(conv.weight.device)
+            return conv.weight.index_select(0, rows).index_select(1, columns)
+        return conv.weight[rows[:, None], torch.from_numpy(self.columns).to(conv.weight.device)]
+
+
+def parts(conv: nn.Conv2d, inputs: np.ndarray, outputs: np.ndarray) -> list[Part]:
+    """The calls that make `conv` over the kept channels `inputs` and `outputs`, both sorted; outputs stay in order."""
+    fan_in, fan_out = conv.in_channels // conv.groups, conv.out_channels // conv.groups
+    found = []
+    for group in np.unique(outputs // fan_out):
+        positions = np.flatnonzero(inputs // fan_in == group)
+        rows = outputs[outputs // fan_out == group]
+        columns = np.tile(inputs[positions] - group * fan_in, (len(rows), 1))
+        found.append(Part(positions if len(positions) else np.zeros(1, dtype=np.int64), rows, columns, 1))
+    shapes = {part.columns.shape for part in found}
+    if len(shapes) > 1 or next(iter(shapes))[1] == 0:
+        return found
+    positions = np.concatenate([part.positions for part in found])
+    everything = len(positions) == len(inputs)
+    rows, columns = (np.concatenate([getattr(part, name) for part in found]) for name in ("rows", "columns"))
+    return [Part(None if everything else positions, rows, columns, len(found))]
 
 
 class PartedConv2d(nn.Module):
@@ -52,6 +103,13 @@ class PlacedPadding(nn.Module):
         return place(x, self.padding, self.get_buffer("places"))
 
 
+def place(x: Tensor, padding: Sequence[int], places: Tensor) -> Tensor:
+    """`x` padded by `padding` at its positions, channel `places[i]` of it at i, zeros where that is -1."""
+    x = F.pad(x, list(padding))
+    zeros = x.new_zeros(x.shape[0], 1, *x.shape[2:])
+    return torch.cat([zeros, x], dim=1).index_select(1, places + 1)
+
+
 @torch.no_grad()
 def materialize(plan: Plan, compact: Compact, name: str) -> fx.GraphModule:
     """A module in eval mode that computes what `compact` does and shares no memory with the network."""
@@ -63,7 +121,7 @@ def materialize(plan: Plan, compact: Compact, name: str) -> fx.GraphModule:
             _add(root, str(old.target), _small(old, module, compact))
         elif is_padding(old):
             target = f"places_{new.name}"
-            root.add_module(target, PlacedPadding(position_padding(old), compact.places(old)))
+            root.add_module(target, PlacedPadding(position_padding(old), torch.from_numpy(compact.places(old))))
             _replace(new, functools.partial(graph.call_module, target))
         elif is_reshape(old):
             _replace(new, lambda sources: graph.call_function(torch.flatten, (*sources, 1)))
@@ -88,9 +146,10 @@ def _add(root: nn.Module, target: str, module: nn.Module) -> None:
 
 
 def _small(node: fx.Node, module: nn.Module, compact: Compact) -> nn.Module:
-    outputs = torch.from_numpy(compact.kept[node.name])
+    kept = compact.kept(node.name)
+    outputs = torch.from_numpy(kept)
     if isinstance(module, nn.Conv2d):
-        return _small_convolution(module, compact.parts[node.name])
+        return _small_convolution(module, parts(module, compact.inputs(node), kept))
     if isinstance(module, nn.Linear):
         inputs = torch.from_numpy(compact.inputs(node))
         like: dict[str, Any] = {"device": module.weight.device, "dtype": module.weight.dtype}

@@ -13,6 +13,8 @@ from pyext.subnet.atlas import UNIT, Atlas
 from pyext.subnet.graph import NORMS, Layer, Plan
 from pyext.subnet.sizes import Sizes
 
+_ROWS = 128
+"""Classes whose scores are remembered; of VGG16's groups one takes 34 kB."""
 _LEVELS, _EXACT = 64, 256
 """Sub-networks that are counted at once while the largest that fits is looked for."""
 
@@ -52,6 +54,21 @@ def scores(plan: Plan, importance: dict[str, np.ndarray], combine: str) -> np.nd
         return found
     total, count = np.bincount(groups, values, minlength=size), np.bincount(groups, minlength=size)
     return np.divide(total, count, out=np.full(size, -np.inf), where=count > 0)
+
+
+def class_scores(plan: Plan, atlas: Atlas, classes: np.ndarray, combine: str) -> np.ndarray:
+    """The score of each group, float64 (groups,), by its importance to `classes`: `scores` of what is `combined`."""
+    if combine == "mean":
+        return scores(plan, combined(atlas, classes, combine), combine)
+    # The highest over classes and then over layers is the highest over layers and then over classes.
+    rows, own = _tables(plan).rows.setdefault(atlas, {}), []
+    for c in classes.tolist():
+        if c not in rows:
+            rows[c] = scores(plan, combined(atlas, np.array([c]), combine), combine)
+        own.append(rows[c])
+    while len(rows) > _ROWS:
+        rows.pop(next(iter(rows)))
+    return np.maximum.reduce(own)
 
 
 def choose(plan: Plan, group_scores: np.ndarray, classes: np.ndarray, keep: float, scope: str) -> np.ndarray:
@@ -118,9 +135,10 @@ def base(plan: Plan, classes: np.ndarray) -> np.ndarray:
 
 def check_layers(plan: Plan, groups: np.ndarray) -> None:
     """ValueError where `groups` leave a gated layer without channels."""
-    for layer in plan.gates:
-        if not groups[plan.groups_of(layer)].any():
-            raise ValueError(f"reconstruct: layer {layer} is left without channels")
+    tables = _tables(plan)
+    kept = np.logical_or.reduceat(groups[tables.channels], tables.starts)
+    if not kept.all():
+        raise ValueError(f"reconstruct: layer {list(plan.gates)[kept.argmin()]} is left without channels")
 
 
 class _Tables:
@@ -128,6 +146,7 @@ class _Tables:
 
     def __init__(self, plan: Plan):
         self.sizes = Sizes(plan)
+        self.rows: weakref.WeakKeyDictionary[Atlas, dict[int, np.ndarray]] = weakref.WeakKeyDictionary()
         layers = [plan.groups_of(layer) for layer in plan.gates]
         self.channels, self.widths, self.starts = _joined(layers)
         self.sharing: list[list[int]] = [[] for _ in plan.fixed]

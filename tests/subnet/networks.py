@@ -19,7 +19,7 @@ CLASSES = 6
 
 
 class Mixed(nn.Module):
-    """Every kind of layer once: grouped, depthwise with a multiplier, gating, concatenation, padding, flatten."""
+    """Every kind of layer once: grouped, depthwise with a multiplier, gates, sums, concatenation, padding, flatten."""
 
     def __init__(self):
         super().__init__()
@@ -29,6 +29,7 @@ class Mixed(nn.Module):
         self.depthwise = nn.Conv2d(12, 24, 3, stride=2, padding=2, dilation=2, groups=12)
         self.squeeze = nn.Conv2d(24, 6, 1)
         self.excite = nn.Conv2d(6, 24, 1)
+        self.attend = nn.Conv2d(24, 1, 1)
         self.side = nn.Conv2d(8, 5, 1, stride=2, bias=False)
         self.last = nn.Conv2d(29, 7, 3, padding="same")
         self.hidden = nn.Linear(7 * 16, 10)
@@ -38,6 +39,7 @@ class Mixed(nn.Module):
         x = F.relu6(self.norm(self.stem(x)))
         y = torch.sigmoid(self.depthwise(F.hardswish(self.grouped(x))))
         y = y * self.excite(F.relu(self.squeeze(F.adaptive_avg_pool2d(y, 1)))).sigmoid()
+        y = y * torch.sigmoid(self.attend(y)) + y.sum((2, 3), keepdim=True)
         z = torch.cat([y, self.side(x)], dim=1)
         z = F.max_pool2d(F.relu(self.last(z)), 2)
         z = z + F.pad(z[:, :, :, :], (0, 0, 0, 0, 0, 0)) * 0.5

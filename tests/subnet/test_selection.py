@@ -92,15 +92,25 @@ def test_choice_is_the_plain_one(name, seed, kind, scope, keep):
 
 @pytest.mark.parametrize("combine", ["max", "mean"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_scores_are_the_importances_over_classes_and_then_over_layers(name, combine):
+def test_scores_are_the_importances_over_classes_and_then_over_layers(name, combine, monkeypatch):
+    monkeypatch.setattr(selection, "_ROWS", 2)
     atlas, net = traced(name)
-    classes = np.array([1, 3, 4])
-    found = selection.scores(net, selection.combined(atlas, classes, combine), combine)
-    merge = getattr(np, combine)
-    values = [[] for _ in net.fixed]
-    for layer in atlas.layers:
-        merged = merge(atlas.importance(layer).numpy()[classes], axis=0)
-        for group, value in zip(net.groups_of(layer), merged, strict=True):
-            values[group].append(value)
-    expected = [(max(own) if combine == "max" else sum(own) / len(own)) if own else -np.inf for own in values]
-    assert np.array_equal(found, expected)
+    for classes in ([1, 3, 4], [1, 2], [4], [0, 1, 2, 3, 4, 5]):
+        found = selection.class_scores(net, atlas, np.array(classes), combine)
+        values = [[] for _ in net.fixed]
+        for layer in atlas.layers:
+            merged = getattr(np, combine)(atlas.importance(layer).numpy()[classes], axis=0)
+            for group, value in zip(net.groups_of(layer), merged, strict=True):
+                values[group].append(value)
+        expected = [(max(own) if combine == "max" else sum(own) / len(own)) if own else -np.inf for own in values]
+        assert np.array_equal(found, expected)
+
+
+def test_another_atlas_of_the_same_network_has_scores_of_its_own():
+    model, shape = network("resnet8")
+    net, classes = plan(model, shape), np.array([0, 2])
+    one, two = (
+        selection.class_scores(net, atlas, classes, "max")
+        for atlas in (drawn_atlas(model, shape, seed=0), drawn_atlas(model, shape, seed=1))
+    )
+    assert not np.array_equal(one, two)

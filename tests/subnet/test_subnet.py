@@ -62,6 +62,63 @@ def test_equals_the_zeroed_network_and_its_own_materialised_form(name, seed, kee
 
 
 @pytest.mark.parametrize("name", NETWORKS)
+@settings(max_examples=3, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), images=st.integers(1, 9), gradients=st.booleans())
+def test_images_of_one_batch_run_their_own_sub_networks(name, seed, images, gradients):
+    model, shape, atlas = case(name)
+    random = np.random.default_rng(seed)
+    tasks = [sorted(random.choice(CLASSES, count, replace=False).tolist()) for count in (2, 4, 1)]
+    subnet = reconstruct(model, atlas, tasks, keep=0.6)
+    x, ids = torch.from_numpy(random.standard_normal((images, *shape))), random.integers(0, 3, images)
+    with torch.set_grad_enabled(gradients):
+        logits = subnet(x, task=torch.from_numpy(ids))
+    assert logits.shape == (images, 4)
+    assert subnet.tasks == tasks
+    for task, classes in enumerate(tasks):
+        rows = torch.from_numpy(np.flatnonzero(ids == task))
+        if len(rows):
+            close(logits[rows, : len(classes)], subnet.switch(classes, keep=0.6)(x[rows]))
+        assert (logits[rows, len(classes) :] == float("-inf")).all()
+
+
+def test_wrong_tasks_are_named():
+    model, shape, atlas = case("resnet8")
+    x = torch.randn(2, *shape, dtype=torch.float64)
+    with pytest.raises(ValueError, match="has no tasks: name them with assign"):
+        reconstruct(model, atlas, [0])(x, task=[0, 0])
+    subnet = reconstruct(model, atlas, [[0, 1], [2]], keep=0.5)
+    for task, message in (([0], r"task has shape \(1,\)"), ([0, 2], "outside 0 to 1"), ([0.0, 1.0], "expected int64")):
+        with pytest.raises(ValueError, match=message):
+            subnet(x, task=task)
+    with pytest.raises(ValueError, match="no batch statistics in common"):
+        subnet.train()(x, task=[0, 1])
+    subnet.eval()
+    with pytest.raises(ValueError, match="tasks is empty"):
+        subnet.assign([])
+    with pytest.raises(ValueError, match="numbers and lists"):
+        reconstruct(model, atlas, [[0], 1])
+    with pytest.raises(ValueError, match=r"classes has \[9\]"):
+        reconstruct(model, atlas, [[0], [9]])
+
+
+def test_gathered_weights_stay_within_bounds(monkeypatch):
+    model, shape = network("vgg16")
+    subnet = reconstruct(model, drawn_atlas(model, shape), [0], keep=0.3)
+    x = torch.randn(1, *shape, dtype=torch.float64)
+    with torch.no_grad():
+        subnet(x)
+        one = subnet._compact.bytes
+        assert one > 0.2 * sum(p.nbytes for p in model.parameters())
+        monkeypatch.setattr("pyext.subnet.subnet.GATHERED_BYTES", int(2.5 * one))
+        for classes in ([1], [2], [3], [0]):
+            expected = subnet.switch(classes, keep=0.3)(x)
+            assert torch.equal(subnet(x), expected)
+    held = [compact.bytes for _, compact in subnet._seen.values()]
+    assert sum(held) <= 3.5 * one
+    assert held.count(0) >= 1
+
+
+@pytest.mark.parametrize("name", NETWORKS)
 def test_everything_kept_is_the_network_itself_and_its_summary_counts_its_parameters(name):
     model, shape, atlas = case(name)
     subnet = reconstruct(model, atlas, range(CLASSES), keep=1.0)
@@ -156,6 +213,22 @@ def test_recalibrating_measures_the_statistics_anew_and_nothing_else():
         recalibrate(nn.Linear(2, 2), batches)
 
 
+@pytest.mark.parametrize("batch", [1, 9])
+def test_float32_uses_torchs_convolutions_for_batches_and_agrees(batch):
+    model, shape = network("vgg16")
+    model = model.float()
+    subnet = reconstruct(model, drawn_atlas(model, shape), [0, 1], keep=0.3)
+    x = torch.randn(batch, *shape)
+    expected = subnet.materialize().double()(x.double()).float()
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(subnet(x), expected, rtol=1e-4, atol=1e-5)
+        model.features.block1[0].weight.mul_(2)
+        assert not torch.allclose(subnet(x), expected, rtol=1e-3)
+    kinds = {kind.__name__ for _, kind in subnet._compact._gathered}
+    assert kinds == {"Dense" if batch >= 8 else "PreparedConv2d", "KeptLinear"}
+
+
 def test_state_dict_is_the_networks_and_a_copy_is_independent():
     model, shape, atlas = case("mixed")
     subnet = reconstruct(model, atlas, [0, 1], keep=0.5)
@@ -238,6 +311,8 @@ class Called(nn.Module):
         (lambda net, x: torch.softmax(x, 1), "node softmax is an operation whose channels cannot be followed"),
         (lambda net, x: x.view(-1, 2, 2, 8, 8).flip(2).view(-1, 4, 8, 8), "node view is a reshape to"),
         (lambda net, x: x.mean(1, keepdim=True) * x, "node mean is a mean over 1, expected the positions"),
+        (lambda net, x: x.sum(1, keepdim=True) * x, "node sum_1 is a sum over 1, expected the positions"),
+        (lambda net, x: x[:, :, :, :4] * x.mean((2, 3)), "node mul is arithmetic with tensors of different dim"),
         (lambda net, x: torch.cat([x, x], dim=2), "node cat is a concatenation over dimension 2"),
         (lambda net, x: x[:, [1, 0, 3, 2]], "node getitem is an index into"),
         (lambda net, x: x if x.sum() > 0 else -x, "torch.fx cannot trace Called"),
@@ -251,6 +326,17 @@ class Called(nn.Module):
 def test_unsupported_coupling_names_its_node(function, message):
     with pytest.raises(UnsupportedNetwork, match=message):
         plan(Called(function), (3, 8, 8))
+
+
+@pytest.mark.parametrize("name", ["hcgnet", "hcgnet imagenet"])
+def test_plan_is_the_same_without_gradients_and_leaves_the_maps_that_all_channels_share_without_a_gate(name):
+    model, shape, atlas = case(name)
+    with torch.inference_mode():
+        found = plan(model, shape)
+    assert list(found.channels) == list(plan(model, shape).channels)
+    convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    assert atlas.layers == list(found.gates)
+    assert set(convolutions) - set(atlas.layers) == {name for name in convolutions if "context" in name}
 
 
 def test_layers_called_twice_and_shapes_that_are_none_are_refused():
