@@ -23,6 +23,11 @@
 #define MASKED_CONV2D_INPUTS                                                                                \
   "Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor inputs, Tensor outputs, Tensor? subnets, " \
   "Tensor? gate, int[] numbers"
+#define MASKED_CONV2D "(" MASKED_CONV2D_INPUTS ", Tensor? packed=None, int pool=1) -> Tensor"
+#define MASKED_CONV2D_BACKWARD                                                                           \
+  "(Tensor grad_out, Tensor out, " MASKED_CONV2D_INPUTS                                                  \
+  ", bool for_x, bool for_parameters) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_scale, Tensor " \
+  "grad_shift, Tensor grad_gate)"
 
 #define MEMORY_CONTRAST                                                                                   \
   "(Tensor embeddings, Tensor[] banks, Tensor indices, float temperature, bool? tiled) -> (Tensor loss, " \
@@ -53,12 +58,12 @@ STABLE_TORCH_LIBRARY(pyext, m) {
   m.def("gated_excitation_backward_triton" GATED_EXCITATION_BACKWARD);
   m.def("hybrid_block" HYBRID_BLOCK);
   m.def("hybrid_block_triton" HYBRID_BLOCK);
-  m.def("masked_conv2d(" MASKED_CONV2D_INPUTS ", Tensor? packed=None, int pool=1) -> Tensor");
+  m.def("masked_conv2d" MASKED_CONV2D);
+  m.def("masked_conv2d_triton" MASKED_CONV2D);
   m.def("masked_conv2d_chain(Tensor x, Tensor[] tensors, int[] numbers) -> Tensor");
   m.def("masked_conv2d_pack(Tensor weight, Tensor inputs, Tensor outputs, int groups) -> Tensor");
-  m.def("masked_conv2d_backward(Tensor grad_out, Tensor out, " MASKED_CONV2D_INPUTS
-        ", bool for_x, bool for_parameters) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_scale, Tensor "
-        "grad_shift, Tensor grad_gate)");
+  m.def("masked_conv2d_backward" MASKED_CONV2D_BACKWARD);
+  m.def("masked_conv2d_backward_triton" MASKED_CONV2D_BACKWARD);
   m.def("memory_contrast" MEMORY_CONTRAST);
   m.def("memory_contrast_triton" MEMORY_CONTRAST);
   m.def("memory_contrast_backward" MEMORY_CONTRAST_BACKWARD);

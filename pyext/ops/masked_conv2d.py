@@ -21,7 +21,17 @@ import torch.nn.functional as F
 from torch import _C, Tensor
 
 from pyext import _backend, _library
-from pyext._operator import DTYPES, accumulate_dtype, no_cpu, no_cuda, no_reference, register_differentiable
+from pyext._operator import (
+    DTYPES,
+    accumulate_dtype,
+    no_cpu,
+    no_cuda,
+    no_reference,
+    no_triton,
+    register_differentiable,
+    register_triton,
+    triton_kernels,
+)
 
 _OPS = torch.ops.pyext
 
@@ -271,8 +281,13 @@ def is_list(kept: Tensor, channels: int) -> bool:
 OPERATOR = _backend.register(
     _backend.Operator(
         "masked_conv2d",
-        {"cpu": lambda x, *_: no_cpu("x", x), "cuda": lambda x, *_: no_cuda("x", x), "reference": no_reference},
-        unwritten=("triton",),
+        {
+            "cpu": lambda x, *_: no_cpu("x", x),
+            # Before the kernels of GPUs, whose speed was not measured: auto may not be slower than plain torch.
+            "reference": no_reference,
+            "cuda": lambda x, *_: no_cuda("x", x),
+            "triton": lambda x, *_: no_triton("x", x),
+        },
     )
 )
 
@@ -343,20 +358,21 @@ def masked_conv2d(
         validate(*arguments, Geometry.of(numbers), pool)
         return _pooled(reference(*arguments, Geometry.of(numbers)), pool)
     below = 1 if _differentiated(x, weight, scale, shift, gate) else pool  # what the operator itself pools
+    op = _OPS.masked_conv2d_triton.default if name == "triton" else _OPS.masked_conv2d.default
     try:
-        return _pooled(_run(*arguments, numbers, packed, below), pool // below)
+        return _pooled(_run(op, *arguments, numbers, packed, below), pool // below)
     except RuntimeError:
         # The kernels check what memory safety needs; the sentence that names the argument is made here.
         validate(*arguments, Geometry.of(numbers), pool)
         raise
 
 
-def _run(x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, *rest: Any) -> Tensor:
+def _run(op: Any, x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, *rest: Any) -> Tensor:
     if _library.is_traced() or _differentiated(x, weight, scale, shift, rest[3]):
-        return _OPS.masked_conv2d.default(x, weight, scale, shift, *rest)
+        return op(x, weight, scale, shift, *rest)
     # Where nothing is differentiated, the gradient's Python layer would be half of a small call's time.
     with _C._AutoDispatchBelowAutograd():
-        return _OPS.masked_conv2d.default(x, weight, scale, shift, *rest)
+        return op(x, weight, scale, shift, *rest)
 
 
 @dataclass(frozen=True)
@@ -654,7 +670,19 @@ def _backward(op, ctx, grad_out):
     return *found[:4], None, None, None, found[4], None, None, None
 
 
+def _triton_forward(x, weight, scale, shift, inputs, outputs, subnets, gate, numbers, packed=None, pool=1):
+    arguments = x, weight, scale, shift, inputs, outputs, subnets, gate
+    validate(*arguments, Geometry.of(numbers), pool, values=not x.is_cuda)  # kernels read what shapes promise
+    return _pooled(triton_kernels("masked_conv2d").forward(*arguments, numbers), pool)
+
+
+def _triton_backward(*args):
+    return tuple(triton_kernels("masked_conv2d").backward(*args))
+
+
 torch.library.register_fake("pyext::masked_conv2d_chain")(_fake_chain)
 torch.library.register_fake("pyext::masked_conv2d_pack")(_fake_pack)
 torch.library.impl("pyext::masked_conv2d_backward", "CPU")(backward)
-register_differentiable("masked_conv2d", _fake, _fake_backward, _setup_context, _backward, variants=("",))
+register_differentiable("masked_conv2d", _fake, _fake_backward, _setup_context, _backward)
+register_triton("masked_conv2d_triton", _triton_forward)
+register_triton("masked_conv2d_backward_triton", _triton_backward)

@@ -15,6 +15,9 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 
+# Truth is compared with float32 products, not with TF32's.
+torch.backends.cudnn.allow_tf32 = False
+
 HERE = Path(__file__).parent
 DESELECTED = pytest.StashKey[int]()
 collect_ignore = ["test_gpu_device.py"] if os.environ.get("PYEXT_GPU_TESTS_ON") == "cpu" else []
