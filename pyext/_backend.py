@@ -63,8 +63,15 @@ class Operator:
 
         For modules that can also run by the operators of their parts, which then obey what is asked for.
         """
-        names = [name for name in self.cannot_run if name != "reference"] if _requested == "auto" else [_requested]
-        return any(name != "reference" and self._reason(name, *args) is None for name in names)
+        return self._asked_for(*args) not in (None, "reference")
+
+    def runs(self, backend: str, *args: Any) -> bool:
+        """Whether, as backends are asked for now, `backend` runs for `args`: for modules that are written for it."""
+        return self._asked_for(*args) == backend
+
+    def _asked_for(self, *args: Any) -> str | None:
+        names = self.cannot_run if _requested == "auto" else [_requested]
+        return next((name for name in names if self._reason(name, *args) is None), None)
 
     def _reason(self, name: str, *args: Any) -> str | None:
         return f"{self.name} has no {name} kernel yet" if name in self.unwritten else self.cannot_run[name](*args)
@@ -83,9 +90,9 @@ class Operator:
 OPERATORS: dict[str, Operator] = {}
 
 
-def operators_with(backend: str) -> list[str]:
-    """Names of the operators that have a kernel for `backend`, sorted."""
-    return sorted(name for name, operator in OPERATORS.items() if backend in operator.cannot_run)
+def operators_with(*backends: str) -> list[str]:
+    """Names of the operators that have a kernel for one of `backends`, sorted."""
+    return sorted(name for name, operator in OPERATORS.items() if not operator.cannot_run.keys().isdisjoint(backends))
 
 
 def register(operator: Operator) -> Operator:
