@@ -420,10 +420,10 @@ def _split(blocks: int, programs: int) -> tuple[int, int]:
 
 @torch.no_grad()
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of x (N, C, H, W) of any strides over all but the channels, float32; NaN for N = 0."""
+    """Mean and biased variance of x (N, C, H, W) of any strides over all but the channels, float32; 0 for N = 0."""
     images, channels, height, width = x.shape
     count = images * height * width
-    mean, var = (x.new_full((channels,), float("nan"), dtype=torch.float32) for _ in range(2))
+    mean, var = (x.new_zeros((channels,), dtype=torch.float32) for _ in range(2))
     if count == 0:
         return mean, var
     blocks_c = triton.cdiv(channels, POINTWISE_C)
