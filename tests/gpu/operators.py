@@ -18,7 +18,7 @@ BACKENDS = ("cuda", "triton") if DEVICE.type == "cuda" else ("cpu",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MODES = {"inference": False, "training": True}
 
-OPERATORS = operators_with("cuda", "triton")
+OPERATORS = operators_with("cuda")
 
 each_operator = pytest.mark.parametrize("name", OPERATORS)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
