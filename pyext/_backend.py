@@ -90,9 +90,9 @@ class Operator:
 OPERATORS: dict[str, Operator] = {}
 
 
-def operators_with(*backends: str) -> list[str]:
-    """Names of the operators that have a kernel for one of `backends`, sorted."""
-    return sorted(name for name, operator in OPERATORS.items() if not operator.cannot_run.keys().isdisjoint(backends))
+def operators_with(backend: str) -> list[str]:
+    """Names of the operators that have a kernel for `backend`, sorted."""
+    return sorted(name for name, operator in OPERATORS.items() if backend in operator.cannot_run)
 
 
 def register(operator: Operator) -> Operator:

@@ -201,7 +201,7 @@ def forward_kernel(
     row = tl.program_id(0) % blocks_o * BLOCK_O + tl.arange(0, BLOCK_O)
     group = rest // blocks_p
     image, position = _image_and_position(rest % blocks_p, positions, BLOCK_P, FLAT)
-    y, z = position // out_width * STRIDE - SIDE // 2, position % out_width * STRIDE - SIDE // 2
+    top, left = position // out_width * STRIDE - SIDE // 2, position % out_width * STRIDE - SIDE // 2
     out_channel = (group * outputs + row).to(tl.int64)
     total = tl.zeros([BLOCK_O, BLOCK_P], tl.float32)
     for start in range(0, inputs, BLOCK_C):
@@ -209,7 +209,7 @@ def forward_kernel(
         mask = column < inputs
         channel = group * inputs + column
         for tap in range(0, taps):
-            down, right = y + tap // SIDE, z + tap % SIDE
+            down, right = top + tap // SIDE, left + tap % SIDE
             inside = (image < images) & (down >= 0) & (down < height) & (right >= 0) & (right < width)
             if FLAT and SIDE == 1:
                 offset = _flat_offset(image, position, strides)
@@ -244,7 +244,7 @@ def map_gradient_kernel(
     channel = group * inputs + column
     across = tl.cdiv(width - parity[1], STRIDE)
     image, place = _image_and_position(block, tl.cdiv(height - parity[0], STRIDE) * across, BLOCK_P, FLAT)
-    y, z = place // across * STRIDE + parity[0], place % across * STRIDE + parity[1]
+    at_y, at_x = place // across * STRIDE + parity[0], place % across * STRIDE + parity[1]
     inside = image < images
     total = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     for start in range(0, outputs, BLOCK_O):
@@ -253,7 +253,7 @@ def map_gradient_kernel(
         for tap in range(0, taps[0] * taps[1]):
             tap_y, tap_x = first_tap[0] + tap // taps[1] * STRIDE, first_tap[1] + tap % taps[1] * STRIDE
             # Numerators are multiples of the stride.
-            up, left = (y + SIDE // 2 - tap_y) // STRIDE, (z + SIDE // 2 - tap_x) // STRIDE
+            up, left = (at_y + SIDE // 2 - tap_y) // STRIDE, (at_x + SIDE // 2 - tap_x) // STRIDE
             met = inside & (up >= 0) & (up < out_height) & (left >= 0) & (left < out_width)
             if FLAT and SIDE == 1:
                 offset = _flat_offset(image, place, out_strides)
@@ -266,7 +266,7 @@ def map_gradient_kernel(
     if FLAT:
         offset = _flat_offset(image, place, strides)
     else:
-        offset = _offset(image, y, z, strides)
+        offset = _offset(image, at_y, at_x, strides)
     tile = _tile(x, channel, mask, offset, inside, strides[1])
     # As torch's ReLU: no gradient where its result is 0, and NaN is no such place.
     total = tl.where((_normalised(tile, norm, channel, mask, eps) <= 0.0) | ~inside[None, :], 0.0, total)
@@ -279,7 +279,7 @@ def map_gradient_kernel(
     if not TRAINING:
         total *= (_load(norm[0], channel, mask) * rstd)[:, None]
     if not FLAT:
-        place = y * width + z
+        place = at_y * width + at_x
     index = _dense_index(image, channel, place, groups * inputs, height * width)
     tl.store(grad_x + index, total.to(grad_x.dtype.element_ty), mask[:, None] & inside[None, :])
 

@@ -22,6 +22,7 @@ from pyext._operator import (
     accumulate_dtype,
     move_running,
     no_cpu,
+    no_cuda,
     no_reference,
     no_triton,
     register_differentiable,
@@ -120,6 +121,10 @@ def _no_cpu(x: Tensor, conv_weight: Tensor | None = None, stride: int = 1, group
     return None
 
 
+def _no_cuda(x: Tensor, *_: object) -> str | None:
+    return no_cuda("x", x)
+
+
 def _no_triton(x: Tensor, *_: object) -> str | None:
     return no_triton("x", x)
 
@@ -128,8 +133,7 @@ def _no_triton(x: Tensor, *_: object) -> str | None:
 OPERATOR = _backend.register(
     _backend.Operator(
         "bn_relu_conv2d",
-        {"cpu": _no_cpu, "reference": no_reference, "triton": _no_triton},
-        unwritten=("cuda",),
+        {"cpu": _no_cpu, "reference": no_reference, "cuda": _no_cuda, "triton": _no_triton},
     )
 )
 
