@@ -198,7 +198,7 @@ def bn_relu_conv2d(
     op = _OPS.bn_relu_conv2d_triton if name == "triton" else _OPS.bn_relu_conv2d
     try:
         out = op(x, *parameters, mean, var, batch, *geometry)
-    except RuntimeError:
+    except (RuntimeError, TypeError, ValueError):
         # The kernels check what memory safety needs; the sentence that names the argument is made here.
         validate(x, *parameters, running_mean, running_var, *geometry)
         raise
