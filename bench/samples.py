@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bench.peers import from_tests
 from pyext import ops
+from pyext.ops.bn_relu_conv2d import reference as convolution_reference
 from pyext.ops.gated_excitation import PARAMETERS, RUNNING, reference
 from pyext.ops.hybrid_block import Extents, extents_of
 from pyext.ops.hybrid_block import reference as block_reference
@@ -70,6 +71,26 @@ class Samples:
     differentiable: bool = True
     takes_out: bool = True
     independent_images: bool = True
+
+
+def _draw_convolution(shape: Shape, dtype: torch.dtype, parameter_dtype: torch.dtype, layout: str, seed: int) -> Call:
+    inputs = from_tests("ops/conv_inputs.py")
+    layer = inputs.Layer(*shape.input, **shape.others)
+    leaves, state = inputs.make_layer(layer, dtype, parameter_dtype, layout, seed)
+    return Call(leaves, state, options={name: shape.others[name] for name in ("stride", "groups")})
+
+
+def _run_bn_relu_conv2d(call: Call, training: bool, **options: object) -> Tensor:
+    tensors = *call.leaves.values(), *call.state.values()
+    return ops.bn_relu_conv2d(*tensors, training=training, momentum=0.3, **call.options, **options)
+
+
+def _reference_bn_relu_conv2d(call: Call, training: bool) -> Tensor:
+    return convolution_reference(*call.leaves.values(), *call.state.values(), training, 0.3, **call.options)
+
+
+def _convolution(input: tuple[int, ...], outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> Shape:
+    return Shape(input, {"outputs": outputs, "kernel": kernel, "stride": stride, "groups": groups})
 
 
 def _draw_gated_excitation(
@@ -251,6 +272,29 @@ def _peers(images: int, peers: int, features: int, classes: int = 3, scale: int 
 
 
 SAMPLES = {
+    "bn_relu_conv2d": Samples(
+        _draw_convolution,
+        _run_bn_relu_conv2d,
+        _reference_bn_relu_conv2d,
+        odd={
+            "odd": _convolution((3, 5, 7, 9), 6),
+            "in groups": _convolution((3, 6, 7, 9), 9, 3, 1, 3),
+            "strided": _convolution((3, 7, 9, 6), 5, 3, 2),
+            "one row": _convolution((2, 4, 1, 41), 3, 3),
+            "one column": _convolution((2, 3, 37, 1), 2, 3, 2),
+            "several tiles": _convolution((3, 70, 16, 16), 67),
+            "several tiles and taps": _convolution((2, 34, 11, 13), 35, 3),
+        },
+        usual=(
+            (_convolution((2, 108, 32, 32), 48), torch.float32, "nchw"),
+            (_convolution((2, 378, 8, 8), 144), torch.bfloat16, "slice"),
+            (_convolution((2, 48, 32, 32), 12, 3, 1, 4), torch.bfloat16, "nchw"),
+            (_convolution((2, 90, 32, 32), 60, 3, 2), torch.float16, "nchw"),
+            (_convolution((2, 64, 28, 28), 64, 3), torch.float32, "channels_last"),
+            (_convolution((2, 256, 14, 14), 256, 3), torch.bfloat16, "channels_last"),
+        ),
+        takes_out=False,
+    ),
     "gated_excitation": Samples(
         _draw_gated_excitation,
         _run_gated_excitation,

@@ -8,6 +8,11 @@
 #define BN_RELU_CONV2D_INPUTS                                                                                    \
   "Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor conv_weight, Tensor mean, Tensor var, bool training, " \
   "float eps, int stride, int groups"
+#define BN_RELU_CONV2D "(" BN_RELU_CONV2D_INPUTS ") -> Tensor"
+#define BN_RELU_CONV2D_STATISTICS "(Tensor x) -> (Tensor mean, Tensor var)"
+#define BN_RELU_CONV2D_BACKWARD              \
+  "(Tensor grad_out, " BN_RELU_CONV2D_INPUTS \
+  ") -> (Tensor grad_x, Tensor grad_norm_weight, Tensor grad_norm_bias, Tensor grad_conv_weight)"
 
 #define GATED_EXCITATION_INPUTS "Tensor u, Tensor[] parameters, Tensor[] running, bool training, float eps"
 #define GATED_EXCITATION_BACKWARD                                                                       \
@@ -44,10 +49,12 @@
   "temperature, int start, int stop) -> Tensor grad_embeddings"
 
 STABLE_TORCH_LIBRARY(pyext, m) {
-  m.def("bn_relu_conv2d(" BN_RELU_CONV2D_INPUTS ") -> Tensor");
-  m.def("bn_relu_conv2d_statistics(Tensor x) -> (Tensor mean, Tensor var)");
-  m.def("bn_relu_conv2d_backward(Tensor grad_out, " BN_RELU_CONV2D_INPUTS
-        ") -> (Tensor grad_x, Tensor grad_norm_weight, Tensor grad_norm_bias, Tensor grad_conv_weight)");
+  m.def("bn_relu_conv2d" BN_RELU_CONV2D);
+  m.def("bn_relu_conv2d_triton" BN_RELU_CONV2D);
+  m.def("bn_relu_conv2d_statistics" BN_RELU_CONV2D_STATISTICS);
+  m.def("bn_relu_conv2d_statistics_triton" BN_RELU_CONV2D_STATISTICS);
+  m.def("bn_relu_conv2d_backward" BN_RELU_CONV2D_BACKWARD);
+  m.def("bn_relu_conv2d_backward_triton" BN_RELU_CONV2D_BACKWARD);
   m.def("gated_excitation(" GATED_EXCITATION_INPUTS ", bool save) -> (Tensor out, " GATED_EXCITATION_SAVED ")");
   m.def("gated_excitation_triton(" GATED_EXCITATION_INPUTS ", bool save) -> (Tensor out, " GATED_EXCITATION_SAVED ")");
   m.def("gated_excitation_out(" GATED_EXCITATION_INPUTS

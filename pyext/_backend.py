@@ -68,8 +68,15 @@ class Operator:
 
         For modules that can also run by the operators of their parts, which then obey what is asked for.
         """
-        names = [name for name in self.cannot_run if name != "reference"] if _requested == "auto" else [_requested]
-        return any(name != "reference" and self._reason(name, *args) is None for name in names)
+        return self._asked_for(*args) not in (None, "reference")
+
+    def runs(self, backend: str, *args: Any) -> bool:
+        """Whether, as backends are asked for now, `backend` runs for `args`: for modules that are written for it."""
+        return self._asked_for(*args) == backend
+
+    def _asked_for(self, *args: Any) -> str | None:
+        names = self.cannot_run if _requested == "auto" else [_requested]
+        return next((name for name in names if self._reason(name, *args) is None), None)
 
     def _reason(self, name: str, *args: Any) -> str | None:
         return f"{self.name} has no {name} kernel yet" if name in self.unwritten else self.cannot_run[name](*args)

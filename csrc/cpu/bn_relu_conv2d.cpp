@@ -9,7 +9,7 @@
 #include <tuple>
 #include <vector>
 
-#include "checks/shape.h"
+#include "checks/bn_relu_conv2d.h"
 #include "cpu/capability.h"
 #include "cpu/host.h"
 #include "cpu/tensors.h"
@@ -41,14 +41,15 @@ class Inputs {
          const Tensor& mean, const Tensor& var, bool training, double eps, int64_t stride, int64_t groups) {
     args.dtype = map_type(x, "x");
     args.parameter_dtype = parameter_type(norm_weight);
-    STD_TORCH_CHECK(eps >= 0, "bn_relu_conv2d: eps is ", eps, ", expected at least 0");
+    bn_relu_conv2d::check_eps(eps);
     args.training = training;
     args.eps = eps;
     args.x = map_of(x);
-    set_sizes(x, conv_weight, stride, groups);
-    const Sizes& s = args.sizes;
-    const Shape vector{1, {s.in_channels}};
-    const Shape weight{4, {s.out_channels, s.group_inputs(), s.kernel, s.kernel}};
+    const Sizes& s = args.sizes = bn_relu_conv2d::sizes_of(x, conv_weight, stride, groups);
+    STD_TORCH_CHECK(s.kernel == 3 || (groups == 1 && stride == 1),
+                    "bn_relu_conv2d: the kernels have 3x3 convolutions, and 1x1 ones without groups and stride");
+    const Shape vector = bn_relu_conv2d::vector_shape(s);
+    const Shape weight = bn_relu_conv2d::weight_shape(s);
     args.norm_weight = data(norm_weight, vector, args.parameter_dtype, "norm_weight");
     args.norm_bias = data(norm_bias, vector, args.parameter_dtype, "norm_bias");
     args.conv_weight = data(conv_weight, weight, args.parameter_dtype, "conv_weight");
@@ -65,20 +66,6 @@ class Inputs {
     STD_TORCH_CHECK(found == args.dtype || (found == DType::kFloat && args.dtype != DType::kDouble),
                     "bn_relu_conv2d: norm_weight has another dtype than x or float32");
     return *found;
-  }
-
-  void set_sizes(const Tensor& x, const Tensor& conv_weight, int64_t stride, int64_t groups) {
-    STD_TORCH_CHECK(conv_weight.dim() == 4 && groups > 0 && (stride == 1 || stride == 2),
-                    "bn_relu_conv2d: expected a weight of four dimensions, groups and a stride of 1 or 2");
-    const Sizes s = args.sizes = {x.size(0),           x.size(1), x.size(2),           x.size(3),
-                                  conv_weight.size(0), groups,    conv_weight.size(2), stride};
-    STD_TORCH_CHECK(s.in_channels > 0 && s.positions() > 0 && s.out_channels > 0,
-                    "bn_relu_conv2d: x or conv_weight is empty, expected at least one channel and position");
-    STD_TORCH_CHECK(conv_weight.size(3) == s.kernel && (s.kernel == 1 ? groups == 1 && stride == 1 : s.kernel == 3),
-                    "bn_relu_conv2d: the kernels have 3x3 convolutions, and 1x1 ones without groups and stride");
-    STD_TORCH_CHECK(
-        s.in_channels % groups == 0 && s.out_channels % groups == 0 && conv_weight.size(1) == s.group_inputs(),
-        "bn_relu_conv2d: conv_weight does not have x's channels in ", groups, " groups");
   }
 
   void* data(const Tensor& tensor, const Shape& shape, DType dtype, const char* name) {
@@ -130,10 +117,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, cons
                                                     int64_t stride, int64_t groups) {
   Inputs inputs(x, norm_weight, norm_bias, conv_weight, mean, var, training, eps, stride, groups);
   const Sizes& s = inputs.args.sizes;
-  STD_TORCH_CHECK(map_type(grad_out, "grad_out") == inputs.args.dtype && grad_out.size(0) == s.batch &&
-                      grad_out.size(1) == s.out_channels && grad_out.size(2) == s.out_height() &&
-                      grad_out.size(3) == s.out_width(),
-                  "bn_relu_conv2d: grad_out differs from the result in shape or dtype");
+  STD_TORCH_CHECK(grad_out.is_cpu(), "bn_relu_conv2d: grad_out is not on the CPU, but x is");
+  bn_relu_conv2d::check_gradient(grad_out, x, s);
   const Tensor grad_x = torch::stable::new_empty(x, {s.batch, s.in_channels, s.height, s.width});
   const Tensor grad_norm_weight = new_vector(x, s.in_channels), grad_norm_bias = new_vector(x, s.in_channels);
   const Tensor grad_conv_weight = torch::stable::new_empty(x, {s.out_channels, s.group_inputs(), s.kernel, s.kernel},

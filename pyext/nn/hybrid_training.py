@@ -49,7 +49,7 @@ def train_block(layers: Sequence[Any], x: Tensor, memory: str = "fast") -> Tenso
     tensors = [tensor for layer in layers for tensor in tensors_of(layer)]
     if any(tensor.dtype != x.dtype or tensor.device != x.device for tensor in tensors):
         return None
-    if not CONVOLUTION.has_kernel(x) or not GATES.has_kernel(x) or 0 in x.shape:
+    if not CONVOLUTION.runs("cpu", x) or not GATES.has_kernel(x) or 0 in x.shape:
         return None
     gate = layers[0]._modules["bn_forget"]
     result = _Block.apply(extents_of(tensors, 1, True), gate.eps, gate.momentum, memory == "lean", x, *tensors)

@@ -17,7 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyext import _backend
-from pyext._operator import DTYPES, accumulate_dtype, move_running, no_cpu, no_reference, register_differentiable
+from pyext._operator import (
+    DTYPES,
+    accumulate_dtype,
+    move_running,
+    no_cpu,
+    no_cuda,
+    no_reference,
+    no_triton,
+    register_differentiable,
+    register_triton,
+    triton_kernels,
+)
 
 _OPS = torch.ops.pyext
 
@@ -110,11 +121,19 @@ def _no_cpu(x: Tensor, conv_weight: Tensor | None = None, stride: int = 1, group
     return None
 
 
+def _no_cuda(x: Tensor, *_: object) -> str | None:
+    return no_cuda("x", x)
+
+
+def _no_triton(x: Tensor, *_: object) -> str | None:
+    return no_triton("x", x)
+
+
+# On a GPU auto takes plain torch: that the kernels there are faster than its convolutions has not been measured.
 OPERATOR = _backend.register(
     _backend.Operator(
         "bn_relu_conv2d",
-        {"cpu": _no_cpu, "reference": no_reference},
-        unwritten=("cuda", "triton"),
+        {"cpu": _no_cpu, "reference": no_reference, "cuda": _no_cuda, "triton": _no_triton},
     )
 )
 
@@ -175,10 +194,11 @@ def bn_relu_conv2d(
         validate(x, *parameters, running_mean, running_var, *geometry)
     if name == "reference":
         return reference(x, *parameters, running_mean, running_var, batch, momentum, *geometry)
-    mean, var = _statistics(x, running_mean, running_var, batch, statistics)
+    mean, var = _statistics(x, running_mean, running_var, batch, statistics, name)
+    op = _OPS.bn_relu_conv2d_triton if name == "triton" else _OPS.bn_relu_conv2d
     try:
-        out = _OPS.bn_relu_conv2d(x, *parameters, mean, var, batch, *geometry)
-    except RuntimeError:
+        out = op(x, *parameters, mean, var, batch, *geometry)
+    except (RuntimeError, TypeError, ValueError):
         # The kernels check what memory safety needs; the sentence that names the argument is made here.
         validate(x, *parameters, running_mean, running_var, *geometry)
         raise
@@ -187,15 +207,17 @@ def bn_relu_conv2d(
     return out
 
 
-def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+def batch_statistics(x: Tensor, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of x (N, C, H, W) over all but the channels, (C,) each in float32 (float64).
 
-    Merged over images in double precision. Not differentiable by themselves: `bn_relu_conv2d` has their part of the
-    gradient.
+    Merged over images, or stretches of them, in double precision. Not differentiable by themselves: `bn_relu_conv2d`
+    has their part of the gradient. `backend` as in `bn_relu_conv2d`.
     """
+    name = OPERATOR.choose(backend, x)
     with torch.no_grad():
-        if x.device.type == "cpu":
-            return _OPS.bn_relu_conv2d_statistics(x.detach())
+        if name != "reference":
+            op = _OPS.bn_relu_conv2d_statistics_triton if name == "triton" else _OPS.bn_relu_conv2d_statistics
+            return op(x.detach())
         var, mean = torch.var_mean(x.detach().to(accumulate_dtype(x.dtype)), (0, 2, 3), correction=0)
         return mean, var
 
@@ -206,11 +228,12 @@ def _statistics(
     running_var: Tensor | None,
     batch: bool,
     statistics: tuple[Tensor, Tensor] | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     if not batch and running_mean is not None and running_var is not None:
         return running_mean.to(accumulate_dtype(x.dtype)), running_var.to(accumulate_dtype(x.dtype))
     if statistics is None:
-        return batch_statistics(x)
+        return batch_statistics(x, backend)
     for kind, statistic in zip(("mean", "variance"), statistics, strict=True):
         _validate_one(x, f"statistics ({kind})", statistic, statistic.dtype, (accumulate_dtype(x.dtype),) * 2)
     return statistics
@@ -257,5 +280,26 @@ def _backward(op, ctx, grad_out):
     return grad_x, *grads, *(None,) * 6
 
 
-torch.library.register_fake("pyext::bn_relu_conv2d_statistics")(_fake_statistics)
-register_differentiable("bn_relu_conv2d", _fake, _fake_backward, _setup_context, _backward, variants=("",))
+def _triton_statistics(x):
+    if x.dim() != 4 or 0 in x.shape[1:]:
+        raise ValueError(f"bn_relu_conv2d: x has shape {tuple(x.shape)}, expected (N, C, H, W), all but N at least 1")
+    return triton_kernels("bn_relu_conv2d").statistics(x)
+
+
+def _triton_forward(x, norm_weight, norm_bias, conv_weight, mean, var, training, eps, stride, groups):
+    # A kernel reads past the end of a tensor that is too short.
+    validate(x, norm_weight, norm_bias, conv_weight, mean, var, eps, stride, groups, ("mean", "var"))
+    kernels = triton_kernels("bn_relu_conv2d")
+    return kernels.forward(x, norm_weight, norm_bias, conv_weight, mean, var, training, eps, stride, groups)
+
+
+def _triton_backward(*args):
+    return triton_kernels("bn_relu_conv2d").backward(*args)
+
+
+for _variant in ("", "_triton"):
+    torch.library.register_fake(f"pyext::bn_relu_conv2d_statistics{_variant}")(_fake_statistics)
+register_differentiable("bn_relu_conv2d", _fake, _fake_backward, _setup_context, _backward)
+register_triton("bn_relu_conv2d_statistics_triton", _triton_statistics)
+register_triton("bn_relu_conv2d_triton", _triton_forward)
+register_triton("bn_relu_conv2d_backward_triton", _triton_backward)

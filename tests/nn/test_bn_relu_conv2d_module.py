@@ -128,6 +128,17 @@ def test_what_training_asks_for_decides():
         module(x[:1])
 
 
+def test_training_is_the_cpu_kernels_alone():
+    """Triton's interpreter could run the operators on CPU tensors; what trains there calls the CPU's kernels."""
+    x = torch.randn(4, 6, 5, 6)
+    block, layer = HybridBlock(2, 6, 4, 8), LAYERS["3x3"]()
+    assert train_block(list(block), x) is not None
+    assert "bn_relu_conv2d" in type(layer(x).grad_fn).__name__.lower()
+    with backend("triton"):
+        assert train_block(list(block), x) is None
+        assert "convolution" in type(layer(x).grad_fn).__name__.lower()
+
+
 def test_a_block_is_differentiated_once():
     module, x = HybridBlock(1, 6, 4, 8).double(), torch.randn(4, 6, 5, 6, dtype=torch.float64, requires_grad=True)
     (grad,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)

@@ -7,7 +7,6 @@
 #pragma once
 
 #include <cstddef>
-#include <cstring>
 
 #include "cuda/hybrid_block/cell.h"
 #include "cuda/instructions.h"
@@ -47,15 +46,6 @@ struct Shared {
 
   static size_t bytes(int, int cells) { return offsetof(Shared, squeezed) + cells * kSlicePitch * sizeof(T); }
 };
-
-// Two neighbours along a product's inner dimension, as a register of an operand.
-template <typename T>
-__device__ __forceinline__ uint32_t operand(const T* address) {
-  const Pack<T, 2> pair = load_pack<2>(address);
-  uint32_t bits;
-  memcpy(&bits, &pair, sizeof(bits));
-  return bits;
-}
 
 template <typename T>
 __device__ __forceinline__ void load_rows(const T* rows, int pitch, const MmaLayout& layout, uint32_t (&a)[4]) {
