@@ -188,7 +188,9 @@ def test_numbers_outside_the_layer_count_as_absent(name):
         spread(lists["outputs"], 1, wrong), others, spread(gate, 1, [1.0] * 3), numbers,
     )  # fmt: skip
     wrong_out = kernels.forward(*wrong_arguments)
-    assert torch.equal(wrong_out, spread(out, 1, [0.0] * 3))
+    # Sums over other blocks of depths are rounded otherwise.
+    torch.testing.assert_close(wrong_out, spread(out, 1, [0.0] * 3))
+    assert not wrong_out[:, [0, 2, 3]].any()
     wrong_grads = kernels.backward(spread(out, 1, [1.0] * 3), wrong_out, *wrong_arguments, True, True)
     expected = {
         "x": spread(grads.x, 1, [0.0] * 3),
@@ -196,7 +198,7 @@ def test_numbers_outside_the_layer_count_as_absent(name):
         **{key: getattr(grads, key) for key in ("weight", "scale", "shift")},
     }
     for key, value in expected.items():
-        torch.testing.assert_close(getattr(wrong_grads, key), value, rtol=1e-5, atol=1e-5, msg=key)
+        torch.testing.assert_close(getattr(wrong_grads, key), value, msg=lambda text, key=key: f"{key}: {text}")
     others[0] = 99
     assert not kernels.forward(*plain_arguments)[0].any()
     grads = kernels.backward(out, out, *plain_arguments, True, True)
@@ -220,7 +222,7 @@ def test_what_lies_behind_a_shorter_list_is_not_read(name):
 def test_not_a_number_reaches_what_depends_on_it(name):
     layer = LAYERS[name]
     tensors, lists = make_masked(layer, torch.float32)
-    tensors["x"][1, 2, 2, 1] = torch.nan
+    tensors["x"][1, 0, 2, 1] = torch.nan
     with torch.no_grad():
         actual, expected = (
             masked_conv2d(**tensors, **lists, **layer.options, backend=b) for b in ("triton", "reference")
