@@ -10,9 +10,11 @@ from bench import test_densenet as densenet
 from bench import test_gated_excitation as operator
 from bench import test_hcgnet as hcgnet
 from bench import test_hybrid_block as block
+from bench import test_masked_conv2d as masked
 from bench import test_memory_contrast as memory_bank
 from bench import test_memory_update as bank_update
 from bench import test_peer_contrast as peers
+from bench import test_subnet_execution as subnets
 from bench.case import Gate
 from bench.peers import Subject, gradient_runner, step_runner
 from pyext.models.hcgnet import HCGNet
@@ -23,7 +25,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_case_has_a_name_of_its_own_and_peers_to_beat(device):
     device = torch.device(device)
-    modules = operator, block, memory_bank, bank_update, peers, hcgnet, densenet
+    modules = operator, block, masked, memory_bank, bank_update, peers, hcgnet, densenet, subnets
     cases = [case for module in modules for case in module.cases(device)]
     assert len({case.name for case in cases}) == len(cases)
     for case in cases:
@@ -31,6 +33,26 @@ def test_every_case_has_a_name_of_its_own_and_peers_to_beat(device):
         assert len(set(names)) == len(names)
         assert {contender.ours for contender in case.contenders} == {True, False}
         assert set(case.plain) <= set(names)
+
+
+def test_masked_layers_pass_the_gate():
+    setup = masked.Setup(16, 24, 5, 3, CPU)
+    case = masked._case(setup)
+    assert setup.work().operations == 3 * 25 * 6 * (18 * 4 + 3)
+    assert setup.work().bytes == 4 * (9 * 4 * 6 + 3 * 25 * (4 + 6))
+    gate = Gate(case)
+    for contender in case.contenders:
+        if "compile" not in contender.name:
+            gate.check(contender, contender.build().results())
+
+
+def test_sub_networks_of_one_batch_pass_the_gate():
+    mixed = subnets.Mixed(CPU)
+    case = subnets._mixed_case(CPU)
+    ours = mixed.ours().results()["out"]
+    assert ours.shape == (64, subnets.CLASSES)
+    gate = Gate(case)
+    gate.check(case.contenders[0], {"out": ours})
 
 
 def test_block_work_of_one_position():
