@@ -657,8 +657,7 @@ class Walk(NamedTuple):
     @classmethod
     def of_convolution(cls, numbers: Sequence[int]) -> Walk:
         """That of the operator's `numbers` (`pyext.ops.masked_conv2d.Geometry`)."""
-        stride, padding, dilation = (tuple(numbers[i : i + 2]) for i in (0, 2, 4))
-        return cls((-padding[0], -padding[1]), stride, dilation)
+        return cls((-numbers[2], -numbers[3]), (numbers[0], numbers[1]), (numbers[4], numbers[5]))
 
     def is_pointwise(self, source: Tensor, weight: Tensor, extents: Sequence[int]) -> bool:
         """Whether positions of a map of `extents` are the source's, evenly spaced: they need not be taken apart."""
