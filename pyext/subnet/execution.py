@@ -254,9 +254,9 @@ class Compact:
     recipe: Recipe
     selections: Sequence[np.ndarray]
     bytes: int = 0
-    _lists: dict[int, Tensor] = field(default_factory=dict)
+    _lists: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict)
     _gathered: dict[tuple[str, type], Any] = field(default_factory=dict)
-    _indices: dict[str, Tensor] = field(default_factory=dict)
+    _indices: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)
     _stamp: int | None = None
     _suits_dense: bool | None = None
 
@@ -267,6 +267,11 @@ class Compact:
     def plan(self) -> Plan:
         """The network's."""
         return self.recipe.plan
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is now."""
+        return next(self.plan.module.parameters()).device
 
     def forget(self) -> None:
         """Let go of gathered weights."""
@@ -292,12 +297,12 @@ class Compact:
 
     def lists(self, name: str) -> Tensor:
         """Those of all sub-networks, int64 (sub-networks, most channels), -1 behind the last of a shorter list."""
-        number = self.recipe.lists[name]
-        found = self._lists.get(number)
+        key = self.recipe.lists[name], self.device
+        found = self._lists.get(key)
         if found is None:
             rows = [torch.from_numpy(self.kept(name, i)) for i in range(len(self.selections))]
             found = rows[0][None] if len(rows) == 1 else nn.utils.rnn.pad_sequence(rows, True, -1)
-            self._lists[number] = found = found.to(next(self.plan.module.parameters()).device)
+            self._lists[key] = found = found.to(self.device)
         return found
 
     def run(self, x: Tensor, subnets: Tensor | None = None) -> Tensor:
@@ -348,11 +353,11 @@ class Compact:
 
     def index(self, name: str, make: Callable[[int], np.ndarray]) -> Tensor:
         """`make(selection)` of all sub-networks, int64 (sub-networks, the longest), 0 behind shorter ones; kept."""
-        found = self._indices.get(name)
+        key = name, self.device
+        found = self._indices.get(key)
         if found is None:
             rows = [torch.from_numpy(make(i)) for i in range(len(self.selections))]
-            found = nn.utils.rnn.pad_sequence(rows, True, 0).to(next(self.plan.module.parameters()).device)
-            self._indices[name] = found
+            self._indices[key] = found = nn.utils.rnn.pad_sequence(rows, True, 0).to(self.device)
         return found
 
     def places(self, node: fx.Node, selection: int = 0) -> np.ndarray:
