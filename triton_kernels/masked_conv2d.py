@@ -757,7 +757,9 @@ class Blocks(NamedTuple):
         most = self.positions
         while most > LEAST_POSITIONS and triton.cdiv(positions, most) * programs < FULL_GPU:
             most //= 2
-        return Blocks(most, {**self.options, "num_warps": 8 if most == 128 and "BLOCK_K" in self.options else 4})
+        product, ahead = "BLOCK_K" in self.options, self.options.get("AHEAD", False)
+        large = product and (most == 128 or (ahead and most * self.options["BLOCK_R"] >= 64 * 64))
+        return Blocks(most, {**self.options, "num_warps": 8 if large else 4})
 
 
 @dataclass(frozen=True)
