@@ -351,7 +351,7 @@ the same loop with frozen weights. All find the same gates (float64, 1e-9).
 
 What bounds it is arithmetic: an image takes {work:.2f} GFLOP (31 times forward, 30 times backward, without the weights'
 gradients). The fastest row computes {fastest:.0f} GFLOP/s, elementwise work beside it. Twenty times the loop
-would be {twenty:.0f}; the machine of this table has 522 in float32 at most, and 312 to 381 by oneDNN's convolutions.
+would be {twenty:.0f}, to be compared with the float32 roof of the machine of this table.
 
 | | images/s | x published loop | x loop, weights frozen |
 |---|---|---|---|
