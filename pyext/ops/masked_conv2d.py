@@ -351,7 +351,7 @@ def masked_conv2d(
     ins = _list(inputs, weight.shape[1] * groups if weight.dim() > 1 else 0, x)
     outs = _list(outputs, weight.shape[0], x)
     if bias is not None:
-        shift = _with_bias(weight, bias, scale, shift)
+        shift = with_bias(weight, bias, scale, shift)
     arguments = x, weight, scale, shift, ins, outs, subnets, gate
     name = OPERATOR.choose(backend, x)
     if name == "reference":
@@ -507,7 +507,8 @@ def _list(kept: Tensor | None, channels: int, x: Tensor) -> Tensor:
     return kept[None] if kept.dim() == 1 else kept
 
 
-def _with_bias(weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+def with_bias(weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """The shift, None for none, with a convolution's bias in it."""
     if tuple(bias.shape) != (len(weight),):
         raise ValueError(f"masked_conv2d: bias has shape {tuple(bias.shape)}, expected ({len(weight)},)")
     own = bias if scale is None else bias * scale

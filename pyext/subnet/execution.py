@@ -30,6 +30,7 @@ from pyext.ops.masked_conv2d import (
     masked_conv2d,
     masked_linear,
     pack_masked_conv2d,
+    with_bias,
 )
 from pyext.subnet.graph import (
     LAYERS,
@@ -461,8 +462,7 @@ class _Run:
         conv = self.recipe.modules[step.node.name]
         scale, shift = affine(None if step.norm is None else self.recipe.modules[step.norm.name], conv.weight.dtype)
         if conv.bias is not None:
-            own = conv.bias if scale is None else conv.bias * scale
-            shift = own.detach() if shift is None else shift + own
+            shift = with_bias(conv.weight, conv.bias, scale, shift)
         return conv, scale, shift
 
     def _prepared(self, step: Step) -> PreparedConv2d:
