@@ -176,7 +176,9 @@ class Setup:
             ours.append("pyext-lean")
         if on_gpu and "accelerate channels_last" not in ours:  # where pyext leaves the memory format to the caller
             ours.append("accelerate channels_last")
-        peer_kinds = [*("eager" + suffix for suffix in FORMATS), *["torch.compile"] * ("compile" in peers)]
+        peer_kinds = ["eager" + suffix for suffix in FORMATS]
+        if "compile" in peers:  # in training in its faster memory format; at inference it chooses one itself
+            peer_kinds.append("torch.compile channels_last" if self.training else "torch.compile")
         found = [Contender(kind, functools.partial(self.build, kind), True) for kind in ours]
         found += [Contender(kind, functools.partial(self.build, kind)) for kind in peer_kinds]
         if "engines" in peers and self.device.type == "cpu":

@@ -62,7 +62,7 @@ def _cpu_cases(device: torch.device) -> list[Case]:
     return [
         _case("A1", 1, False, device, peers="compile engines"),
         _case("A1", 64, False, device, peers="compile engines"),
-        _case("A1", TRAINING_BATCH, True, device, memory=True),
+        _case("A1", TRAINING_BATCH, True, device, peers="compile", memory=True),
         _case("B", 1, False, device, peers="engines"),
         _case("A2", 1, False, device, peers="engines"),
         _case("A2", 64, False, device, peers="engines"),

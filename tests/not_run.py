@@ -1,4 +1,4 @@
-"""What a part of the tests says of those that it leaves out; a worker of pytest-xdist hands it to the summary's process."""
+"""What a part of the tests says of those it leaves out; a worker of pytest-xdist hands it to the summary's process."""
 
 import pytest
 
