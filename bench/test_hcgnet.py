@@ -68,6 +68,7 @@ def _cpu_cases(device: torch.device) -> list[Case]:
         _case("A2", 64, False, device, peers="engines"),
         _case("A3", 1, False, device),
         _case("B", 8, False, device, peers="engines"),
+        _case("A1", 64, False, device, torch.bfloat16, peers="compile cast engines", needs_seconds=120),
         _case("A3", 64, False, device),
         _case("A2", TRAINING_BATCH, True, device, needs_seconds=120, memory=True),
         _case("A3", TRAINING_BATCH, True, device, needs_seconds=400),

@@ -26,11 +26,15 @@ Map map_of(void* data, int64_t channels, int64_t height, int64_t width, bool cha
 }
 
 template <typename S>
-bool run(const Sizes& s, DType dtype, bool channels_last, int64_t threads) {
+bool run(const Sizes& s, DType dtype, bool packed, bool channels_last, int64_t threads) {
   Tensors memory;
   std::vector<const void*> tensors;
   for (int64_t m = 0; m < s.modules; ++m) {
-    for (int k = 0; k < kNumTensors; ++k) tensors.push_back(memory.drawn<S>(tensor_numel(k, s, m), 0.5, 1.5));
+    for (int k = 0; k < kNumTensors; ++k) {
+      const bool pairs = packed && is_convolution(k);
+      tensors.push_back(pairs ? static_cast<void*>(memory.drawn<BFloat16>(2 * packed_shape(k, s, m).numel(), 0.5, 1.5))
+                              : memory.drawn<S>(tensor_numel(k, s, m), 0.5, 1.5));
+    }
   }
   const std::vector<DType> dtypes(tensors.size(), dtype);
   const int64_t out_numel = s.batch * s.out_channels() * s.out_positions();
@@ -41,18 +45,19 @@ bool run(const Sizes& s, DType dtype, bool channels_last, int64_t threads) {
   args.out = map_of(out, s.out_channels(), s.out_height(), s.out_width(), channels_last);
   args.tensors = tensors.data();
   args.tensor_dtypes = dtypes.data();
+  args.packed = packed;
   CallMemory call;
   PYEXT_CAPABILITY::hybrid_block_kernels.forward(args, call.host(threads));
   return Tensors::written(out, out_numel);
 }
 
 template <typename S>
-int run_dtype(DType dtype, const char* name) {
+int run_weights(DType dtype, bool packed, const char* name) {
   int calls = 0;
   for (const Sizes& sizes : kSizes) {
     for (const bool channels_last : {false, true}) {
       for (const int64_t threads : {1, 3}) {
-        if (!run<S>(sizes, dtype, channels_last, threads)) {
+        if (!run<S>(sizes, dtype, packed, channels_last, threads)) {
           std::printf("%s: the result has an element that nobody wrote\n", name);
           std::exit(1);
         }
@@ -61,6 +66,12 @@ int run_dtype(DType dtype, const char* name) {
     }
   }
   return calls;
+}
+
+template <typename S>
+int run_dtype(DType dtype, const char* name) {
+  const bool packs = dtype == DType::kFloat || dtype == DType::kBFloat16;
+  return run_weights<S>(dtype, false, name) + (packs ? run_weights<S>(dtype, true, name) : 0);
 }
 
 }  // namespace
