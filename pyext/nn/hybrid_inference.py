@@ -128,7 +128,7 @@ def _look(owner: Any, stride: int) -> _Seen | None:
     # Of the owner, its submodules alone: with a reference to itself it would never be collected.
     nested = [layer for layer in layers if layer is not owner]
     parts = (*nested, *(part for layer in layers for part in _parts(layer)))
-    dictionaries = (owner._modules, *(held for part in parts for held in _dictionaries(part)))
+    dictionaries = (owner._modules, *(held for part in parts for held in dictionaries_of(part)))
     items = tuple(tuple(itertools.chain.from_iterable(held.items())) for held in dictionaries)
     tensors = [tensor for layer in layers for tensor in tensors_of(layer)]
     eps = layers[0]._modules["bn_forget"].eps
@@ -150,7 +150,7 @@ def _parts(layer: Any) -> Iterator[nn.Module]:
             yield from child.modules()
 
 
-def _dictionaries(module: nn.Module) -> Iterator[dict[Any, Any]]:
+def dictionaries_of(module: nn.Module) -> Iterator[dict[Any, Any]]:
     """What makes up a module: its attributes, and the parameters, buffers, submodules and hooks among them."""
     yield module.__dict__
     yield from (value for value in module.__dict__.values() if isinstance(value, dict))

@@ -1,0 +1,74 @@
+// Calls the kernels of csrc/cpu/dense_block_kernel.cpp with threads and memory that sanitizers understand, and fails
+// where an element of a result was not written. Their numbers are the operator tests' concern.
+#include "cpu/dense_block.h"
+
+#include <cstdio>
+
+#include "cpu/vector.h"
+#include "tensors.h"
+
+namespace {
+
+using namespace pyext::cpu;
+using namespace pyext::dense_block;
+using pyext::sanitize::CallMemory;
+using pyext::sanitize::Tensors;
+
+const Sizes kSizes[] = {{3, 5, 7, 9, 2, 8, 4},   {1, 3, 1, 1, 2, 4, 2},    {2, 70, 8, 8, 2, 128, 32},
+                        {2, 4, 1, 75, 3, 14, 7}, {1, 9, 20, 20, 2, 0, 12}, {70, 300, 2, 2, 2, 33, 5},
+                        {0, 3, 4, 4, 1, 4, 2},   {4, 150, 6, 5, 1, 0, 40}};
+
+Map map_of(void* data, int64_t channels, const Sizes& s, bool channels_last) {
+  if (channels_last) return {data, {channels * s.positions(), 1, channels * s.width, channels}};
+  return {data, {channels * s.positions(), s.positions(), s.width, 1}};
+}
+
+template <typename S>
+bool run(const Sizes& s, DType dtype, bool channels_last, int64_t threads) {
+  using T = Accumulate<S>;
+  const auto& kernels = PYEXT_CAPABILITY::dense_block_kernels;
+  const DType wide = std::is_same_v<T, double> ? DType::kDouble : DType::kFloat;
+  Tensors memory;
+  CallMemory call;
+  std::vector<const void*> tensors;
+  for (int64_t layer = 0; layer < s.layers; ++layer) {
+    for (int k = s.first_tensor(); k < kNumTensors; ++k) {
+      tensors.push_back(memory.drawn<T>(tensor_shape(k, s, layer).numel(), 0.5, 1.5));
+    }
+  }
+  const int64_t packed_numel = kernels.packed_numel(s, wide);
+  T* packed = memory.blank<T>(packed_numel);
+  kernels.pack({s, wide, 1e-5, tensors.data()}, packed, call.host(threads));
+  S* x = memory.drawn<S>(s.batch * s.channels * s.positions(), -1e-3, 1e-3);
+  const int64_t out_numel = s.batch * s.out_channels() * s.positions();
+  S* out = memory.blank<S>(out_numel);
+  if (s.batch > 0) {
+    kernels.forward({s, dtype, map_of(x, s.channels, s, channels_last), map_of(out, s.out_channels(), s, true), packed},
+                    call.host(threads));
+  }
+  return Tensors::written(packed, packed_numel) && Tensors::written(out, out_numel);
+}
+
+template <typename S>
+int run_dtype(DType dtype, const char* name) {
+  int calls = 0;
+  for (const Sizes& sizes : kSizes) {
+    for (const bool channels_last : {false, true}) {
+      for (const int64_t threads : {1, 3}) {
+        if (!run<S>(sizes, dtype, channels_last, threads)) {
+          std::printf("%s: a result has an element that nobody wrote\n", name);
+          std::exit(1);
+        }
+        ++calls;
+      }
+    }
+  }
+  return calls;
+}
+
+}  // namespace
+
+int main() {
+  pyext::sanitize::run_each_dtype(
+      "calls", [](auto zero, DType dtype, const char* name) { return run_dtype<decltype(zero)>(dtype, name); });
+}
