@@ -2,7 +2,7 @@
 
 from pyext.ops.bn_relu_conv2d import bn_relu_conv2d
 from pyext.ops.gated_excitation import gated_excitation
-from pyext.ops.hybrid_block import hybrid_block
+from pyext.ops.hybrid_block import hybrid_block, pack_hybrid_block
 from pyext.ops.masked_conv2d import masked_conv2d, masked_linear, pack_masked_conv2d
 from pyext.ops.memory_contrast import memory_contrast
 from pyext.ops.memory_update import memory_update
@@ -18,6 +18,7 @@ __all__ = [
     "masked_linear",
     "memory_contrast",
     "memory_update",
+    "pack_hybrid_block",
     "pack_masked_conv2d",
     "peer_contrast",
     "sample_negatives",
