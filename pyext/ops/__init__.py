@@ -3,7 +3,7 @@
 from pyext.ops.bn_relu_conv2d import bn_relu_conv2d
 from pyext.ops.dense_block import dense_block, pack_dense_block
 from pyext.ops.gated_excitation import gated_excitation
-from pyext.ops.hybrid_block import hybrid_block
+from pyext.ops.hybrid_block import hybrid_block, pack_hybrid_block
 from pyext.ops.masked_conv2d import masked_conv2d, masked_linear, pack_masked_conv2d
 from pyext.ops.memory_contrast import memory_contrast
 from pyext.ops.memory_update import memory_update
@@ -21,6 +21,7 @@ __all__ = [
     "memory_contrast",
     "memory_update",
     "pack_dense_block",
+    "pack_hybrid_block",
     "pack_masked_conv2d",
     "peer_contrast",
     "sample_negatives",

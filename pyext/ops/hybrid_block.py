@@ -75,16 +75,16 @@ def extents_of(tensors: Sequence[Tensor], stride: int, dense: bool) -> Extents:
                 f"hybrid_block: tensors[{_CONV1}] and tensors[{_CONV2}] are no packed weights: shapes "
                 f"{tuple(conv1.shape)} and {tuple(conv2.shape)}, expected what pack_hybrid_block gives"
             )
-        groups = conv2.shape[0]
-        return Extents(modules, conv1.shape[0], groups * conv2.shape[1], groups, attention, forget, stride, dense)
-    if conv1.dim() != 4 or conv2.dim() != 4 or not conv2.shape[1] or conv1.shape[0] % conv2.shape[1]:
+        squeeze, groups, growth = conv1.shape[0], conv2.shape[0], conv2.shape[0] * conv2.shape[1]
+    elif conv1.dim() != 4 or conv2.dim() != 4 or not conv2.shape[1] or conv1.shape[0] % conv2.shape[1]:
         raise ValueError(
             f"hybrid_block: tensors[{_CONV1}] has shape {tuple(conv1.shape)} and tensors[{_CONV2}] "
             f"{tuple(conv2.shape)}, expected the convolutions' weights (squeeze, channels, 1, 1) and "
             "(growth, squeeze / groups, 3, 3)"
         )
-    groups = conv1.shape[0] // conv2.shape[1]
-    return Extents(modules, conv1.shape[0], conv2.shape[0], groups, attention, forget, stride, dense)
+    else:
+        squeeze, groups, growth = conv1.shape[0], conv1.shape[0] // conv2.shape[1], conv2.shape[0]
+    return Extents(modules, squeeze, growth, groups, attention, forget, stride, dense)
 
 
 def is_packed(tensors: Sequence[Tensor]) -> bool:

@@ -17,8 +17,8 @@ from pyext._backend import BackendError
 from pyext.models.hcgnet import HCGNet
 from pyext.nn import HybridBlock, Transition, hybrid_inference
 from pyext.nn.hybrid_inference import run_block
-from pyext.ops import gated_excitation, hybrid_block
-from pyext.ops.hybrid_block import CONVOLUTIONS, TENSORS, is_packed, pack_hybrid_block, reference
+from pyext.ops import gated_excitation, hybrid_block, pack_hybrid_block
+from pyext.ops.hybrid_block import CONVOLUTIONS, TENSORS, is_packed, reference
 
 BLOCKS = {
     "a1": Block(3, 24, 32, 32, dense(3, 48, 12, 4)),
