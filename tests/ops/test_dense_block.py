@@ -132,6 +132,13 @@ def test_packed_constants_are_those_of_the_tensors():
             dense_block(x, tensors, packed=packed[1:])
 
 
+@pytest.mark.parametrize("name", ["rows of no whole tile", "block and transition of odd extents"])
+def test_the_operator_compiles_without_graph_break(name):
+    x, tensors = make_dense(BLOCKS[name], torch.float64)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, tensors), run(x, tensors))
+
+
 def test_the_tensors_tell_the_extents():
     for block in BLOCKS.values():
         assert extents_of(make_dense(block, torch.float32)[1]) == block.extents
