@@ -1,4 +1,4 @@
-"""When DenseNet's blocks and transitions run as the operator `dense_block`, and the constants that they keep for it.
+"""When DenseNet's blocks and transitions run as the operator `dense_block`, and the constants that modules keep.
 
 Constants are made again when a tensor has changed: another one in its place, or written to in place, which its version
 tells. A write through ``.data`` leaves the version as it was; `forget`, which a change of mode calls, drops them.
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyext._C import unchanged
@@ -28,7 +29,7 @@ Cells = Sequence[tuple[Any, Any]]
 
 
 class _Kept(NamedTuple):
-    """What modules held when their constants were made, and those; no extents where they are not the operator."""
+    """What modules held when constants were made of them, and those; None where they do not compute what is asked."""
 
     dictionaries: tuple[dict[Any, Any], ...]
     items: tuple[tuple[Any, ...], ...]
@@ -36,8 +37,7 @@ class _Kept(NamedTuple):
     kinds: tuple[type, ...]
     tensors: list[Tensor]
     versions: list[tuple[int, int]]
-    constants: Tensor
-    extents: Extents | None
+    constants: Any
 
     def holds(self) -> bool:
         return (
@@ -71,35 +71,72 @@ def infer_dense_block(block: Any, x: Tensor) -> Tensor | None:
         usual = kernels in ([(3, 3)], [(1, 1), (3, 3)])
         return [cell for layer in layers for cell in layer] if alike and usual else []
 
-    return _infer(block, 0, x, parts, cells)
+    return _run(block, 0, parts, cells, x)
 
 
 def infer_transition(owner: nn.Module, place: int, modules: Sequence[Any], x: Tensor) -> Tensor | None:
     """What `modules`, those of `owner` from `place` on, make of x: norm, ReLU, 1x1 convolution without bias or groups,
     and average pool of 2x2. None as `infer_dense_block`."""
-    return _infer(owner, place, x, lambda: modules, lambda: [(modules[0], modules[2])])
+    return _run(owner, place, lambda: modules, lambda: [(modules[0], modules[2])], x)
+
+
+def infer_folded(owner: nn.Module, place: int, modules: Sequence[Any], x: Tensor) -> Tensor | None:
+    """What `modules`, those of `owner` from `place` on, make of x: a convolution without bias, and the norm behind it,
+    which becomes part of the weight. None as `infer_dense_block`."""
+    conv, norm = modules
+    if not _may_run(x):
+        return None
+    found = _constants(owner, place, lambda: modules, lambda: [(norm, conv)], _folded)
+    if found is None or found[0].dtype != x.dtype:
+        return None
+    weight, bias = found
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def _folded(cells: Cells, tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
+    weight, bias, mean, var, kernel = (tensor.detach() for tensor in tensors)
+    scale = weight / torch.sqrt(var + cells[0][0].eps)
+    return kernel * scale[:, None, None, None], bias - mean * scale
+
+
+def _packed(cells: Cells, tensors: list[Tensor]) -> tuple[Tensor, Extents]:
+    return pack_dense_block(tensors, eps=cells[0][0].eps, dtype=tensors[0].dtype), extents_of(tensors)
 
 
 def _form(cell: tuple[Any, Any]) -> tuple[Any, ...]:
     return cell[1].kernel_size, cell[1].out_channels
 
 
-def _infer(
-    owner: nn.Module, place: int, x: Tensor, parts: Callable[[], Sequence[nn.Module]], cells: Callable[[], Cells]
+def _run(
+    owner: nn.Module, place: int, parts: Callable[[], Sequence[nn.Module]], cells: Callable[[], Cells], x: Tensor
 ) -> Tensor | None:
     if not _may_run(x):
         return None
+    found = _constants(owner, place, parts, cells, _packed)
+    if found is None:
+        return None
+    constants, extents = found
+    if constants.dtype != x.dtype or x.shape[1] != extents.channels or 0 in x.shape[2:]:
+        return None
+    if extents.transition and min(x.shape[2:]) < 2:
+        return None
+    return _OPS.dense_block(x, constants, extents)
+
+
+def _constants(
+    owner: nn.Module,
+    place: int,
+    parts: Callable[[], Sequence[nn.Module]],
+    cells: Callable[[], Cells],
+    make: Callable[[Cells, list[Tensor]], Any],
+) -> Any:
+    """What `make` has made of the cells at `place` of `owner`, as they are now."""
     own = _kept.setdefault(owner, {})
     found = own.get(place)
     # To look through a block's submodules takes longer than to run it on one small image.
     if found is None or not found.holds():
-        found = own[place] = _keep(owner, parts(), cells())
-    extents = found.extents
-    if extents is None or found.constants.dtype != x.dtype or x.shape[1] != extents.channels:
-        return None
-    if not OPERATOR.runs("cpu", x) or min(x.shape[2:]) < (2 if extents.transition else 1):
-        return None
-    return _OPS.dense_block(x, found.constants, extents)
+        found = own[place] = _keep(owner, parts(), cells(), make)
+    return found.constants
 
 
 def _may_run(x: Tensor) -> bool:
@@ -112,22 +149,21 @@ def _may_run(x: Tensor) -> bool:
         and x.dtype in _DTYPES
         and x.dim() == 4
         and not torch.is_autocast_enabled("cpu")
+        and OPERATOR.runs("cpu", x)
     )
 
 
-def _keep(owner: nn.Module, parts: Sequence[nn.Module], cells: Cells) -> _Kept:
+def _keep(
+    owner: nn.Module, parts: Sequence[nn.Module], cells: Cells, make: Callable[[Cells, list[Tensor]], Any]
+) -> _Kept:
     # Of the owner, its submodules alone: with a reference to itself it would never be collected.
     dictionaries = (owner._modules, *(held for part in parts for held in dictionaries_of(part)))
     items = tuple(tuple(itertools.chain.from_iterable(held.items())) for held in dictionaries)
     tensors = [tensor for cell in cells for tensor in _tensors_of(*cell)]
     if any(tensor.is_inference() for tensor in tensors):  # those have no version
         cells, tensors = [], []
-    constants, extents = torch.empty(0), None
-    if cells and _evaluates(cells, tensors):
-        constants = pack_dense_block(tensors, eps=cells[0][0].eps, dtype=tensors[0].dtype)
-        extents = extents_of(tensors)
-    kinds = tuple(map(type, parts))
-    return _Kept(dictionaries, items, parts, kinds, tensors, _versions(tensors), constants, extents)
+    constants = make(cells, tensors) if cells and _evaluates(cells, tensors) else None
+    return _Kept(dictionaries, items, parts, tuple(map(type, parts)), tensors, _versions(tensors), constants)
 
 
 def _tensors_of(norm: Any, conv: Any) -> list[Tensor]:
