@@ -199,7 +199,9 @@ def openvino_runner(module: nn.Module, x: Tensor, dtype: torch.dtype = torch.flo
 
     precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
     settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": precision}
-    model = openvino.compile_model(openvino.convert_model(module, example_input=x), "CPU", settings)
+    with torch.no_grad():
+        converted = openvino.convert_model(module, example_input=x)
+    model = openvino.compile_model(converted, "CPU", settings)
     request, array = model.create_infer_request(), x.numpy()
     return _engine_runner(lambda: request.infer([array])[0])
 
@@ -209,7 +211,8 @@ def onnxruntime_runner(module: nn.Module, x: Tensor) -> Runner:
     import onnxruntime
 
     file = io.BytesIO()
-    torch.onnx.export(module, (x,), file, input_names=["x"], dynamo=False)
+    with torch.no_grad():
+        torch.onnx.export(module, (x,), file, input_names=["x"], dynamo=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])

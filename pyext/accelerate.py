@@ -163,8 +163,9 @@ class _Survey:
         layers = [self.verdict(layer) for layer in block]
         if not layers or any(layer.fused is not SMG for layer in layers):
             has_cells = any(is_cell(list(block)[i : i + 3]) for i in range(len(block)))
+            serves = has_cells or any(layer.fused is DenseBlock for layer in layers)
             plain = type(block).forward is nn.Sequential.forward and _not_swappable(block) is None
-            return _Verdict(BNReLUConvSequential) if has_cells and plain else _Verdict()
+            return _Verdict(BNReLUConvSequential) if serves and plain else _Verdict()
         if any(a.out_channels != b.in_channels for a, b in itertools.pairwise(layers)):
             return _Verdict(reason="its modules do not follow one another in channels")
         if type(block).forward is not nn.Sequential.forward:

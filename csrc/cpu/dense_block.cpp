@@ -27,20 +27,21 @@ const DenseBlockKernels& kernels() {
 #endif
 }
 
-// `extents`: channels, layers, squeeze, growth.
+// `extents`: channels, layers, squeeze, growth, transition.
 Sizes sizes_of(const std::vector<int64_t>& extents) {
-  STD_TORCH_CHECK(extents.size() == 4, "dense_block: ", extents.size(), " extents, expected 4");
-  const Sizes s{0, extents[0], 0, 0, extents[1], extents[2], extents[3]};
-  STD_TORCH_CHECK(s.channels > 0 && s.layers > 0 && s.squeeze >= 0 && s.growth > 0,
-                  "dense_block: extents must be positive");
+  STD_TORCH_CHECK(extents.size() == 5, "dense_block: ", extents.size(), " extents, expected 5");
+  const Sizes s{0, extents[0], 0, 0, extents[1], extents[2], extents[3], extents[4]};
+  STD_TORCH_CHECK(s.channels > 0 && s.layers >= 0 && s.squeeze >= 0 && s.growth >= 0 && s.transition >= 0,
+                  "dense_block: extents must not be negative");
+  STD_TORCH_CHECK(s.layers > 0 ? s.growth > 0 : s.transition > 0,
+                  "dense_block: expected layers that add channels, or a transition");
   return s;
 }
 
 Tensor pack(const std::vector<Tensor>& tensors, const std::vector<int64_t>& extents, double eps) {
   const Sizes s = sizes_of(extents);
-  const int count = s.layer_tensors();
-  STD_TORCH_CHECK(static_cast<int64_t>(tensors.size()) == s.layers * count, "dense_block: ", tensors.size(),
-                  " tensors, expected ", s.layers * count);
+  STD_TORCH_CHECK(static_cast<int64_t>(tensors.size()) == s.tensors(), "dense_block: ", tensors.size(),
+                  " tensors, expected ", s.tensors());
   STD_TORCH_CHECK(eps >= 0, "dense_block: eps is ", eps, ", expected at least 0");
   const ScalarType dtype = tensors[0].scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
@@ -49,8 +50,7 @@ Tensor pack(const std::vector<Tensor>& tensors, const std::vector<int64_t>& exte
   std::vector<const void*> data;
   for (int64_t i = 0; i < static_cast<int64_t>(tensors.size()); ++i) {
     const Tensor& tensor = tensors[i];
-    check_shape(tensor, tensor_shape(s.first_tensor() + static_cast<int>(i % count), s, i / count), "dense_block",
-                "tensors", i);
+    check_shape(tensor, tensor_shape(i, s), "dense_block", "tensors", i);
     STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == dtype, "dense_block: tensors[", i,
                     "] is not on the CPU or has another dtype than the first");
     if (!tensor.is_contiguous()) copies.push_back(torch::stable::contiguous(tensor));
@@ -72,8 +72,8 @@ Tensor forward(const Tensor& x, const Tensor& packed, const std::vector<int64_t>
   s.batch = x.size(0);
   s.height = x.size(2);
   s.width = x.size(3);
-  STD_TORCH_CHECK(x.size(1) == s.channels && s.positions() > 0,
-                  "dense_block: x does not have the extents' channels, or no position");
+  STD_TORCH_CHECK(x.size(1) == s.channels && s.out_positions() > 0,
+                  "dense_block: x does not have the extents' channels, or too few positions");
   args.dtype = *dtype;
   const ScalarType wide = accumulate_type(args.dtype);
   STD_TORCH_CHECK(packed.is_cpu() && packed.is_contiguous() && packed.scalar_type() == wide &&
@@ -81,7 +81,7 @@ Tensor forward(const Tensor& x, const Tensor& packed, const std::vector<int64_t>
                   "dense_block: packed is not of a block of these extents and x's dtype");
   args.packed = packed.data_ptr();
   args.x = map_of(x);
-  const Tensor maps = torch::stable::new_empty(x, {s.batch, s.height, s.width, s.out_channels()});
+  const Tensor maps = torch::stable::new_empty(x, {s.batch, s.out_height(), s.out_width(), s.out_channels()});
   const Tensor out = torch::stable::transpose(torch::stable::transpose(maps, 1, 3), 2, 3);
   args.out = map_of(out);
   if (s.batch == 0) return out;

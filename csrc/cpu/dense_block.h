@@ -19,7 +19,7 @@ struct DenseBlockTensors {
   dense_block::Sizes sizes;
   DType dtype;  // the accumulate type, of all tensors and the result
   double eps;
-  const void* const* tensors;  // layers x layer_tensors(), contiguous
+  const void* const* tensors;  // sizes.tensors(), contiguous
 };
 
 struct DenseBlockKernels {

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyext.nn.dense_inference import forget, infer_folded, infer_transition
 from pyext.nn.hooks import has_forward_hooks
 from pyext.nn.memory_format import memory_format_of, trains_on_the_cpu
 from pyext.ops.bn_relu_conv2d import OPERATOR, bn_relu_conv2d
@@ -83,8 +84,8 @@ class BNReLUConv2d(nn.Module):
 class BNReLUConvSequential(nn.Sequential):
     """`torch.nn.Sequential` that trains every BatchNorm2d, ReLU, Conv2d among its modules as one operator,
     `bn_relu_conv2d`, where that computes the same and is faster. At inference on the CPU an average pool behind a 1x1
-    convolution comes before it: both are linear, and of each window one product is left. Names and state dictionary are
-    nn.Sequential's.
+    convolution comes before it (both are linear, and of each window one product is left), and a BatchNorm2d becomes
+    part of the convolution before it. Names and state dictionary are nn.Sequential's.
 
     Source: arXiv 1603.05027.
     """
@@ -97,13 +98,34 @@ class BNReLUConvSequential(nn.Sequential):
                 x = _run_operator(modules[i], modules[i + 2], x)
                 i += 3
             elif _pools_first(modules[i : i + 4], x):
-                norm, activation, conv, pool = modules[i : i + 4]
-                x = conv(pool(activation(norm(x))))
+                x = self._pass_on(i, modules[i : i + 4], x)
                 i += 4
+            elif _folds(modules[i : i + 2]) and (folded := infer_folded(self, i, modules[i : i + 2], x)) is not None:
+                x = folded
+                i += 2
             else:
                 x = modules[i](x)
                 i += 1
         return x
+
+    def train(self, mode: bool = True) -> BNReLUConvSequential:
+        """`torch.nn.Module.train`, which also drops what is kept for inference."""
+        forget(self)
+        return super().train(mode)
+
+    def _pass_on(self, place: int, modules: Sequence[Any], x: Tensor) -> Tensor:
+        """Norm, activation, convolution and pool, whose places are changed."""
+        norm, activation, conv, pool = modules
+        if (
+            computes_the_operator(norm, conv)
+            and conv.groups == 1
+            and _is_pair(pool.kernel_size)
+            and _is_pair(pool.stride)
+        ):
+            out = infer_transition(self, place, modules, x)
+            if out is not None:
+                return out
+        return conv(pool(activation(norm(x))))
 
 
 def is_cell(modules: Sequence[Any]) -> bool:
@@ -121,6 +143,19 @@ def _pools_first(modules: Sequence[Any], x: Any) -> bool:
     averages = pool.padding in (0, (0, 0)) and not pool.ceil_mode and pool.divisor_override is None
     hooked = has_forward_hooks(conv) or has_forward_hooks(pool)
     return alone and averages and not hooked and isinstance(x, Tensor) and x.device.type == "cpu"
+
+
+def _folds(modules: Sequence[Any]) -> bool:
+    """Whether the modules are a convolution without bias and a normalisation that can become part of its weight."""
+    if [type(m) for m in modules] != [nn.Conv2d, nn.BatchNorm2d] or any(map(has_forward_hooks, modules)):
+        return False
+    conv, norm = modules
+    normalises = norm.affine and norm.track_running_stats and norm.running_mean is not None
+    return conv.bias is None and conv.padding_mode == "zeros" and normalises
+
+
+def _is_pair(extent: int | tuple[int, int]) -> bool:
+    return extent in (2, (2, 2))
 
 
 def _is_nchw(x: Any) -> bool:

@@ -1,43 +1,43 @@
-"""When DenseNet's blocks run as the operator `dense_block`, and the constants that they keep for it.
+"""When DenseNet's blocks and transitions run as the operator `dense_block`, and the constants that modules keep.
 
-Constants are made again when a tensor of the block has changed: another one in its place, or written to in place, which
-its version tells. A write through ``.data`` leaves the version as it was; `forget`, which a change of mode calls, drops
-the constants.
+Constants are made again when a tensor has changed: another one in its place, or written to in place, which its version
+tells. A write through ``.data`` leaves the version as it was; `forget`, which a change of mode calls, drops them.
 """
 
 from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyext._C import unchanged
 from pyext._library import is_traced
 from pyext.nn.hybrid_inference import dictionaries_of
-from pyext.ops.dense_block import OPERATOR, dense_block, pack_dense_block
+from pyext.ops.dense_block import OPERATOR, Extents, extents_of, pack_dense_block
 
+_OPS = torch.ops.pyext
 _DTYPES = (torch.float32, torch.float64)
 """Those that the kernel computes in: torch's own bfloat16 convolutions are faster than float32 arithmetic."""
 
-Layers = Sequence[Sequence[tuple[Any, Any]]]
-"""Of a block, the (BatchNorm2d, Conv2d) pairs of each layer."""
+Cells = Sequence[tuple[Any, Any]]
+"""(BatchNorm2d, Conv2d) pairs."""
 
 
-class _Packed(NamedTuple):
-    """What a block's modules held when its constants were made, and those; None where it is not the operator."""
+class _Kept(NamedTuple):
+    """What modules held when constants were made of them, and those; None where they do not compute what is asked."""
 
     dictionaries: tuple[dict[Any, Any], ...]
     items: tuple[tuple[Any, ...], ...]
-    parts: tuple[nn.Module, ...]
+    parts: Sequence[nn.Module]
     kinds: tuple[type, ...]
     tensors: list[Tensor]
     versions: list[tuple[int, int]]
-    eps: float
-    constants: Tensor | None
+    constants: Any
 
     def holds(self) -> bool:
         return (
@@ -47,12 +47,12 @@ class _Packed(NamedTuple):
         )
 
 
-_packed: weakref.WeakKeyDictionary[nn.Module, _Packed] = weakref.WeakKeyDictionary()
+_kept: weakref.WeakKeyDictionary[nn.Module, dict[int, _Kept]] = weakref.WeakKeyDictionary()
 
 
-def forget(block: nn.Module) -> None:
-    """Drop the constants that are kept for `block`."""
-    _packed.pop(block, None)
+def forget(owner: nn.Module) -> None:
+    """Drop the constants that are kept for `owner`."""
+    _kept.pop(owner, None)
 
 
 def infer_dense_block(block: Any, x: Tensor) -> Tensor | None:
@@ -60,17 +60,83 @@ def infer_dense_block(block: Any, x: Tensor) -> Tensor | None:
     that or is not to run: training, gradients, tracing, autocast, another device or dtype, hooks, replaced submodules,
     layers of different widths.
     """
+
+    def parts() -> list[nn.Module]:
+        return [part for part in block.modules() if part is not block]
+
+    def cells() -> Cells:
+        layers = block.layer_cells() or []
+        alike = all(list(map(_form, layer)) == list(map(_form, layers[0])) for layer in layers)
+        kernels = [conv.kernel_size for _, conv in layers[0]] if layers else []
+        usual = kernels in ([(3, 3)], [(1, 1), (3, 3)])
+        return [cell for layer in layers for cell in layer] if alike and usual else []
+
+    return _run(block, 0, parts, cells, x)
+
+
+def infer_transition(owner: nn.Module, place: int, modules: Sequence[Any], x: Tensor) -> Tensor | None:
+    """What `modules`, those of `owner` from `place` on, make of x: norm, ReLU, 1x1 convolution without bias or groups,
+    and average pool of 2x2. None as `infer_dense_block`."""
+    return _run(owner, place, lambda: modules, lambda: [(modules[0], modules[2])], x)
+
+
+def infer_folded(owner: nn.Module, place: int, modules: Sequence[Any], x: Tensor) -> Tensor | None:
+    """What `modules`, those of `owner` from `place` on, make of x: a convolution without bias, and the norm behind it,
+    which becomes part of the weight. None as `infer_dense_block`."""
+    conv, norm = modules
     if not _may_run(x):
         return None
-    found = _packed.get(block)
+    found = _constants(owner, place, lambda: modules, lambda: [(norm, conv)], _folded)
+    if found is None or found[0].dtype != x.dtype:
+        return None
+    weight, bias = found
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def _folded(cells: Cells, tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
+    weight, bias, mean, var, kernel = (tensor.detach() for tensor in tensors)
+    scale = weight / torch.sqrt(var + cells[0][0].eps)
+    return kernel * scale[:, None, None, None], bias - mean * scale
+
+
+def _packed(cells: Cells, tensors: list[Tensor]) -> tuple[Tensor, Extents]:
+    return pack_dense_block(tensors, eps=cells[0][0].eps, dtype=tensors[0].dtype), extents_of(tensors)
+
+
+def _form(cell: tuple[Any, Any]) -> tuple[Any, ...]:
+    return cell[1].kernel_size, cell[1].out_channels
+
+
+def _run(
+    owner: nn.Module, place: int, parts: Callable[[], Sequence[nn.Module]], cells: Callable[[], Cells], x: Tensor
+) -> Tensor | None:
+    if not _may_run(x):
+        return None
+    found = _constants(owner, place, parts, cells, _packed)
+    if found is None:
+        return None
+    constants, extents = found
+    if constants.dtype != x.dtype or x.shape[1] != extents.channels or 0 in x.shape[2:]:
+        return None
+    if extents.transition and min(x.shape[2:]) < 2:
+        return None
+    return _OPS.dense_block(x, constants, extents)
+
+
+def _constants(
+    owner: nn.Module,
+    place: int,
+    parts: Callable[[], Sequence[nn.Module]],
+    cells: Callable[[], Cells],
+    make: Callable[[Cells, list[Tensor]], Any],
+) -> Any:
+    """What `make` has made of the cells at `place` of `owner`, as they are now."""
+    own = _kept.setdefault(owner, {})
+    found = own.get(place)
     # To look through a block's submodules takes longer than to run it on one small image.
     if found is None or not found.holds():
-        found = _packed[block] = _pack(block)
-    if found.constants is None or found.constants.dtype != x.dtype or not OPERATOR.runs("cpu", x):
-        return None
-    if x.shape[1] != found.tensors[0].shape[0]:
-        return None
-    return dense_block(x, found.tensors, eps=found.eps, packed=found.constants)
+        found = own[place] = _keep(owner, parts(), cells(), make)
+    return found.constants
 
 
 def _may_run(x: Tensor) -> bool:
@@ -82,25 +148,22 @@ def _may_run(x: Tensor) -> bool:
         and x.device.type == "cpu"
         and x.dtype in _DTYPES
         and x.dim() == 4
-        and 0 not in x.shape[1:]
         and not torch.is_autocast_enabled("cpu")
+        and OPERATOR.runs("cpu", x)
     )
 
 
-def _pack(block: Any) -> _Packed:
-    # Of the block, its submodules alone: with a reference to itself it would never be collected.
-    parts = tuple(part for part in block.modules() if part is not block)
-    dictionaries = (block._modules, *(held for part in parts for held in dictionaries_of(part)))
+def _keep(
+    owner: nn.Module, parts: Sequence[nn.Module], cells: Cells, make: Callable[[Cells, list[Tensor]], Any]
+) -> _Kept:
+    # Of the owner, its submodules alone: with a reference to itself it would never be collected.
+    dictionaries = (owner._modules, *(held for part in parts for held in dictionaries_of(part)))
     items = tuple(tuple(itertools.chain.from_iterable(held.items())) for held in dictionaries)
-    layers = block.layer_cells() or []
-    tensors = [tensor for cells in layers for cell in cells for tensor in _tensors_of(*cell)]
+    tensors = [tensor for cell in cells for tensor in _tensors_of(*cell)]
     if any(tensor.is_inference() for tensor in tensors):  # those have no version
-        layers, tensors = [], []
-    eps, constants = 0.0, None
-    if layers and _is_operator(layers, tensors):
-        eps = layers[0][0][0].eps
-        constants = pack_dense_block(tensors, eps=eps, dtype=tensors[0].dtype)
-    return _Packed(dictionaries, items, parts, tuple(map(type, parts)), tensors, _versions(tensors), eps, constants)
+        cells, tensors = [], []
+    constants = make(cells, tensors) if cells and _evaluates(cells, tensors) else None
+    return _Kept(dictionaries, items, parts, tuple(map(type, parts)), tensors, _versions(tensors), constants)
 
 
 def _tensors_of(norm: Any, conv: Any) -> list[Tensor]:
@@ -108,17 +171,11 @@ def _tensors_of(norm: Any, conv: Any) -> list[Tensor]:
     return [norm.weight, norm.bias, norm.running_mean, norm.running_var, conv.weight]
 
 
-def _is_operator(layers: Layers, tensors: Sequence[Tensor]) -> bool:
-    """Whether the layers are of one form and in evaluation, all their tensors of one dtype on the CPU."""
-    norms = [norm for cells in layers for norm, _ in cells]
-    if any(norm.training or norm.eps != norms[0].eps for norm in norms):
-        return False
-    kernels = [(1, 1), (3, 3)][-len(layers[0]) :]
-    widths = [conv.out_channels for _, conv in layers[0]]
-    for cells in layers:
-        if [conv.kernel_size for _, conv in cells] != kernels or [conv.out_channels for _, conv in cells] != widths:
-            return False
-    return all(t.dtype == tensors[0].dtype and t.device.type == "cpu" for t in tensors) and tensors[0].dtype in _DTYPES
+def _evaluates(cells: Cells, tensors: Sequence[Tensor]) -> bool:
+    """Whether all cells are in evaluation, with one eps, all their tensors of one dtype on the CPU."""
+    same = all(not norm.training and norm.eps == cells[0][0].eps for norm, _ in cells)
+    dtype = tensors[0].dtype
+    return same and dtype in _DTYPES and all(t.dtype == dtype and t.device.type == "cpu" for t in tensors)
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:

@@ -6,9 +6,11 @@ all normalisations by their running statistics:
     u   = conv1x1(relu(BN(x)))          a bottleneck; else u = x
     x  <- concat(x, conv3x3(relu(BN(u))))
 
+and behind the layers, or alone, there may be a transition: average2x2(conv1x1(relu(BN(x)))).
+
 On the CPU the layers of a few images follow one another while their maps are in cache: a layer reads the front of each
-position's channels and writes behind them, u is never a tensor, and the 3x3 convolution takes 16 products for four
-results.
+position's channels and writes behind them, u is never a tensor, the 3x3 convolution takes 16 products for four results,
+and a transition averages before it convolves, which is the same.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ _OPS = torch.ops.pyext
 CELL = ("norm.weight", "norm.bias", "norm.running_mean", "norm.running_var", "conv.weight")
 TENSORS = tuple(name.replace(".", f"{cell}.") for cell in (1, 2) for name in CELL)
 """State-dict names of one bottleneck layer's tensors, in the order in which every layer passes them; a layer without a
-bottleneck has one cell, whose tensors are those of the second here."""
+bottleneck has one cell, whose tensors are those of the second here, and so has a transition."""
 _CONV = CELL.index("conv.weight")
 
 
@@ -42,6 +44,8 @@ class Extents(NamedTuple):
     """Channels between the two convolutions of a layer; 0 without a bottleneck."""
     growth: int
     """Channels that a layer gives."""
+    transition: int = 0
+    """Channels of the transition behind the layers; 0 for none."""
 
     def cells(self) -> int:
         """Of a layer."""
@@ -49,25 +53,33 @@ class Extents(NamedTuple):
 
 
 def extents_of(tensors: Sequence[Tensor]) -> Extents:
-    """`Extents` of a block by the shapes of its first layer's tensors; ValueError where they are no layer's."""
-    first = tensors[_CONV] if len(tensors) > _CONV else None
-    if first is None or first.dim() != 4 or tensors[0].dim() != 1:
+    """`Extents` of a block by the shapes of its first layer's tensors and of the last; ValueError where they tell none.
+
+    A block whose last convolution is a 1x1 has a transition.
+    """
+    if len(tensors) < len(CELL) or tensors[0].dim() != 1 or tensors[_CONV].dim() != 4:
+        raise ValueError(f"dense_block: {len(tensors)} tensors, expected {len(CELL)} for each cell, the last a weight")
+    channels, transition = len(tensors[0]), len(tensors[-1]) if _is_1x1(tensors[-1]) else 0
+    count = len(tensors) - (len(CELL) if transition else 0)
+    squeeze = len(tensors[_CONV]) if count and _is_1x1(tensors[_CONV]) else 0
+    each = len(CELL) * (2 if squeeze else 1)
+    if count % each:
         raise ValueError(
-            f"dense_block: {len(tensors)} tensors, expected {len(CELL)} for each cell, the last its weight"
+            f"dense_block: {len(tensors)} tensors, expected {each} for each layer and, where the last, "
+            f"tensors[{len(tensors) - 1}], is a 1x1 convolution's weight, {len(CELL)} for a transition"
         )
-    squeezes = tuple(first.shape[2:]) == (1, 1)
-    count = len(CELL) * (2 if squeezes else 1)
-    if len(tensors) % count:
-        raise ValueError(f"dense_block: {len(tensors)} tensors, expected {count} for each layer")
-    growth = tensors[count - 1].shape[0] if tensors[count - 1].dim() == 4 else 0
-    extents = Extents(tensors[0].shape[0], len(tensors) // count, first.shape[0] if squeezes else 0, growth)
-    if 0 in (extents.channels, growth) or (squeezes and not extents.squeeze):
+    last = tensors[each - 1]
+    growth = len(last) if count and last.dim() == 4 else 0
+    if not channels or not (growth if count else transition):
         raise ValueError(
-            f"dense_block: tensors[0], [{_CONV}] and [{count - 1}] have shapes {tuple(tensors[0].shape)}, "
-            f"{tuple(first.shape)} and {tuple(tensors[count - 1].shape)}, expected those of a layer's first "
-            "normalisation and convolutions"
+            f"dense_block: tensors[0] and tensors[{each - 1}] have shapes {tuple(tensors[0].shape)} and "
+            f"{tuple(last.shape)}, expected those of a layer's first normalisation and last convolution"
         )
-    return extents
+    return Extents(channels, count // each, squeeze, growth, transition)
+
+
+def _is_1x1(weight: Tensor) -> bool:
+    return weight.dim() == 4 and tuple(weight.shape[2:]) == (1, 1)
 
 
 def tensor_shapes(extents: Extents) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -77,22 +89,34 @@ def tensor_shapes(extents: Extents) -> Iterator[tuple[str, tuple[int, ...]]]:
         kernels = [(extents.squeeze, 1), (extents.growth, 3)][-extents.cells() :]
         for cell, (outputs, taps) in enumerate(kernels, 3 - extents.cells()):
             for name in CELL:
-                shape = (outputs, channels, taps, taps) if name.startswith("conv") else (channels,)
-                yield f"{name.replace('.', f'{cell}.')} of layer {layer}", shape
+                yield f"{name.replace('.', f'{cell}.')} of layer {layer}", _shape(name, channels, outputs, taps)
             channels = outputs
+    if extents.transition:
+        channels = extents.channels + extents.layers * extents.growth
+        for name in CELL:
+            yield f"{name} of the transition", _shape(name, channels, extents.transition, 1)
+
+
+def _shape(name: str, channels: int, outputs: int, taps: int) -> tuple[int, ...]:
+    return (outputs, channels, taps, taps) if name.startswith("conv") else (channels,)
 
 
 def reference(x: Tensor, tensors: Sequence[Tensor], eps: float = 1e-5) -> Tensor:
     """The operator's definition in plain torch; differentiable. Shapes as in `dense_block`."""
     own = [tensor.to(x.dtype) for tensor in tensors]
-    step = len(CELL) * extents_of(tensors).cells()
-    for layer in range(0, len(own), step):
+    extents = extents_of(tensors)
+    step = len(CELL) * extents.cells()
+    for layer in range(0, step * extents.layers, step):
         u = x
         for cell in range(layer, layer + step, len(CELL)):
-            weight, bias, mean, var, kernel = own[cell : cell + len(CELL)]
-            u = F.conv2d(F.relu(F.batch_norm(u, mean, var, weight, bias, False, 0.0, eps)), kernel, padding="same")
+            u = _reference_cell(u, own[cell : cell + len(CELL)], eps)
         x = torch.cat([x, u], dim=1)
-    return x
+    return F.avg_pool2d(_reference_cell(x, own[-len(CELL) :], eps), 2) if extents.transition else x
+
+
+def _reference_cell(x: Tensor, tensors: Sequence[Tensor], eps: float) -> Tensor:
+    weight, bias, mean, var, kernel = tensors
+    return F.conv2d(F.relu(F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)), kernel, padding="same")
 
 
 def validate(x: Tensor, tensors: Sequence[Tensor], extents: Extents, eps: float) -> None:
@@ -101,6 +125,8 @@ def validate(x: Tensor, tensors: Sequence[Tensor], extents: Extents, eps: float)
         raise ValueError(
             f"dense_block: x has shape {tuple(x.shape)}, expected (N, {extents.channels}, H, W), all but N at least 1"
         )
+    if extents.transition and min(x.shape[2:]) < 2:
+        raise ValueError(f"dense_block: x has shape {tuple(x.shape)}, expected two rows and columns for a transition")
     if x.dtype not in DTYPES:
         raise TypeError(f"dense_block: x has dtype {x.dtype}, expected float32, float64, bfloat16 or float16")
     if not eps >= 0:
@@ -134,18 +160,20 @@ OPERATOR = _backend.register(
 def dense_block(
     x: Tensor, tensors: Sequence[Tensor], *, eps: float = 1e-5, packed: Tensor | None = None, backend: str | None = None
 ) -> Tensor:
-    """All layers of a dense block at inference (running statistics everywhere).
+    """All layers of a dense block, a transition, or both, at inference (running statistics everywhere).
 
     Args:
         x: (N, C, H, W), any strides, any N; float32, bfloat16, float16, or float64. Fastest with channels innermost.
         tensors: for every layer its parameters and running statistics in the order of `TENSORS`, in x's dtype or
-            float32 (float64 for float64). Layer l reads C + l * growth channels.
+            float32 (float64 for float64), layer l of C + l * growth channels; then the five of a transition, if there
+            is one.
         eps: of all normalisations.
         packed: what `pack_dense_block` has made of these tensors, if they are used more than once.
         backend: overrides `pyext.backend` and ``PYEXT_BACKEND``.
 
     Returns:
-        (N, C + layers * growth, H, W), of the CPU kernel with channels innermost.
+        (N, C + layers * growth, H, W), or (N, transition, H // 2, W // 2) behind a transition; of the CPU kernel with
+        channels innermost.
 
     Raises:
         ValueError: wrong number of tensors, shapes, device or eps.
@@ -174,7 +202,7 @@ def pack_dense_block(tensors: Sequence[Tensor], *, eps: float = 1e-5, dtype: tor
         (elements,) in the accumulate dtype of `dtype`, not differentiable.
     """
     extents = extents_of(tensors)
-    validate(tensors[0].new_empty((0, extents.channels, 1, 1), dtype=dtype), tensors, extents, eps)
+    validate(tensors[0].new_empty((0, extents.channels, 2, 2), dtype=dtype), tensors, extents, eps)
     return _packed(tensors, extents, eps, dtype)
 
 
@@ -186,7 +214,8 @@ def _packed(tensors: Sequence[Tensor], extents: Extents, eps: float, dtype: torc
 
 def _fake(x, packed, extents):
     own = Extents(*extents)
-    shape = (x.shape[0], *x.shape[2:], own.channels + own.layers * own.growth)
+    (batch, _, height, width), channels = x.shape, own.channels + own.layers * own.growth
+    shape = (batch, height // 2, width // 2, own.transition) if own.transition else (batch, height, width, channels)
     return x.new_empty(shape).permute(0, 3, 1, 2)
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from pyext import accelerate, backend, explain, models
 from pyext.nn import BNReLUConvSequential, DenseBlock, DenseLayer
+from pyext.nn.dense_inference import infer_folded
 
 torchvision = pytest.importorskip("torchvision")
 from torchvision.models.densenet import _DenseBlock, _Transition  # noqa: E402
@@ -87,11 +88,54 @@ def test_torchvision_s_block_is_swapped_and_computes_the_same():
 def test_a_whole_torchvision_network():
     original = torchvision.models.DenseNet(8, (2, 2), 16, num_classes=5).double()
     fused = accelerate(copy.deepcopy(original))
+    assert type(fused.features) is BNReLUConvSequential
     names = [type(module).__name__ for module in fused.features]
     assert names[4:] == ["DenseBlock", "BNReLUConvSequential", "DenseBlock", "BatchNorm2d"]
     assert list(fused.state_dict()) == list(original.state_dict())
     x = torch.randn(3, 3, 64, 64, dtype=torch.float64)
     assert_alike(step(fused, x), step(original, x))
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_a_whole_torchvision_network_at_inference(layout):
+    """One normalisation is torch's, the last, which has no convolution beside it."""
+    original = draw(torchvision.models.DenseNet(8, (2, 2), 16, num_classes=5)).eval()
+    fused = accelerate(copy.deepcopy(original))
+    x = torch.randn(3, 3, 64, 64, dtype=torch.float64).contiguous(memory_format=layout)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        found = fused(x)
+    calls = [event.name for event in profile.events() if event.name in ("aten::batch_norm", "pyext::dense_block")]
+    assert sorted(calls) == ["aten::batch_norm", *["pyext::dense_block"] * 3]
+    with torch.no_grad():
+        torch.testing.assert_close(found, original(x), rtol=1e-11, atol=1e-11)
+
+
+def test_a_normalisation_becomes_part_of_the_convolution_before_it():
+    own = nn.Conv2d(3, 5, 3, 2, 1, bias=False), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 4, 1)
+    module, x = draw(BNReLUConvSequential(*own)).eval(), torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    names = list(module.state_dict())
+
+    def check():
+        with torch.no_grad():
+            found, folded = module(x), infer_folded(module, 0, list(module)[:2], x)
+            with backend("reference"):
+                torch.testing.assert_close(found, module(x), rtol=1e-12, atol=1e-12)
+        return folded is not None
+
+    assert check()
+    module[1].running_mean.add_(1)
+    assert check()
+    module[0].weight.data = 2 * module[0].weight.data
+    assert check()
+    module[1].eps = 0.1
+    assert check()
+    assert list(module.state_dict()) == names
+    module[1].register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        module(x)
+    module[1].train()
+    assert not check()
+    assert infer_folded(module, 0, list(module)[:2], x) is None  # gradients could be asked for
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])

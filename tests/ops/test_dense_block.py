@@ -15,10 +15,10 @@ from exactness import inexact
 from layouts import MAPS, in_layout
 from torch import nn
 
-from pyext import backend
+from pyext import accelerate, backend
 from pyext._backend import BackendError
-from pyext.nn import DenseBlock
-from pyext.nn.dense_inference import infer_dense_block
+from pyext.nn import BNReLUConvSequential, DenseBlock
+from pyext.nn.dense_inference import infer_dense_block, infer_transition
 from pyext.ops import dense_block, pack_dense_block
 from pyext.ops.dense_block import TENSORS, Extents, extents_of, reference
 
@@ -34,6 +34,11 @@ BLOCKS = {
     "channels that fill no vector": Dense(1, 14, 14, Extents(11, 4, 13, 11)),
     "no image": Dense(0, 4, 4, Extents(3, 1, 4, 2)),
     "one of everything": Dense(1, 1, 1, Extents(1, 1, 1, 1)),
+    "block and transition": Dense(3, 16, 16, Extents(64, 2, 128, 32, 64)),
+    "block and transition of odd extents": Dense(2, 7, 5, Extents(9, 2, 0, 4, 7)),
+    "transition": Dense(3, 8, 8, Extents(512, 0, 0, 0, 256)),
+    "transition of odd extents": Dense(2, 5, 9, Extents(13, 0, 0, 0, 11)),
+    "transition of one window": Dense(1, 2, 3, Extents(300, 0, 0, 0, 40)),
     "more images than are worked on at once": Dense(70, 3, 2, Extents(4, 2, 0, 3)),
 }
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -71,7 +76,7 @@ def test_inference_in_float64_is_the_plain_network_s(name):
 
 
 @pytest.mark.parametrize("layout", MAPS)
-@pytest.mark.parametrize("name", ["rows of no whole tile", "one column"])
+@pytest.mark.parametrize("name", ["rows of no whole tile", "one column", "transition of odd extents"])
 def test_inference_of_any_layout(name, layout):
     x, tensors = make_dense(BLOCKS[name], torch.float64)
     x = in_layout(x, layout)
@@ -85,7 +90,17 @@ def test_inference_with_float32_tensors(dtype):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("name", ["densenet 121, first", "densenet 121, last", "densenet 161", "densenet 40-12"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "densenet 121, first",
+        "densenet 121, last",
+        "densenet 161",
+        "densenet 40-12",
+        "block and transition",
+        "transition of one window",
+    ],
+)
 def test_inference_on_any_number_of_threads(name, threads):
     """The same bits, whether images, positions, tiles or weights are shared out."""
     x, tensors = make_dense(BLOCKS[name], torch.float32)
@@ -115,6 +130,13 @@ def test_packed_constants_are_those_of_the_tensors():
         assert torch.equal(dense_block(x, tensors, packed=packed), run(x, tensors))
         with pytest.raises(RuntimeError, match="packed is not of a block of these extents"):
             dense_block(x, tensors, packed=packed[1:])
+
+
+@pytest.mark.parametrize("name", ["rows of no whole tile", "block and transition of odd extents"])
+def test_the_operator_compiles_without_graph_break(name):
+    x, tensors = make_dense(BLOCKS[name], torch.float64)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, tensors), run(x, tensors))
 
 
 def test_the_tensors_tell_the_extents():
@@ -356,6 +378,35 @@ def test_what_changes_between_two_calls_counts_in_the_second(change):
     assert is_whole(module, x)
     assert not torch.allclose(before, after)
     torch.testing.assert_close(after, plain(module, x), rtol=1e-12, atol=1e-12)
+
+
+def transition_module():
+    torch.manual_seed(0)
+    own = nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 3, 1, bias=False), nn.AvgPool2d(2)
+    module = accelerate(nn.Sequential(*own)).double().eval()
+    assert type(module) is BNReLUConvSequential
+    nn.init.normal_(module[0].bias)
+    return module
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_transition_runs_whole(layout):
+    module, x = transition_module(), image(height=6, width=9).contiguous(memory_format=layout)
+    with torch.no_grad():
+        assert infer_transition(module, 0, list(module), x) is not None
+        found = module(x)
+        torch.testing.assert_close(found, plain(module, x), rtol=1e-12, atol=1e-12)
+        module[2].weight.mul_(2)
+        torch.testing.assert_close(module(x), 2 * found, rtol=1e-12, atol=1e-12)
+        module[2].weight.data.mul_(2)
+        module.eval()
+        torch.testing.assert_close(module(x), 4 * found, rtol=1e-12, atol=1e-12)
+
+
+def test_a_map_of_one_row_has_no_transition():
+    module = transition_module()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="too small"):
+        module(image(height=1))
 
 
 def test_copies_and_pickles_carry_no_constants():

@@ -14,9 +14,10 @@ using namespace pyext::dense_block;
 using pyext::sanitize::CallMemory;
 using pyext::sanitize::Tensors;
 
-const Sizes kSizes[] = {{3, 5, 7, 9, 2, 8, 4},   {1, 3, 1, 1, 2, 4, 2},    {2, 70, 8, 8, 2, 128, 32},
-                        {2, 4, 1, 75, 3, 14, 7}, {1, 9, 20, 20, 2, 0, 12}, {70, 300, 2, 2, 2, 33, 5},
-                        {0, 3, 4, 4, 1, 4, 2},   {4, 150, 6, 5, 1, 0, 40}};
+const Sizes kSizes[] = {{3, 5, 7, 9, 2, 8, 4},       {1, 3, 1, 1, 2, 4, 2},    {2, 70, 8, 8, 2, 128, 32},
+                        {2, 4, 1, 75, 3, 14, 7},     {1, 9, 20, 20, 2, 0, 12}, {70, 300, 2, 2, 2, 33, 5},
+                        {0, 3, 4, 4, 1, 4, 2},       {4, 150, 6, 5, 1, 0, 40}, {3, 70, 6, 7, 0, 0, 0, 33},
+                        {1, 300, 2, 3, 0, 0, 0, 40}, {2, 7, 8, 9, 2, 5, 3, 12}};
 
 Map map_of(void* data, int64_t channels, const Sizes& s, bool channels_last) {
   if (channels_last) return {data, {channels * s.positions(), 1, channels * s.width, channels}};
@@ -31,16 +32,12 @@ bool run(const Sizes& s, DType dtype, bool channels_last, int64_t threads) {
   Tensors memory;
   CallMemory call;
   std::vector<const void*> tensors;
-  for (int64_t layer = 0; layer < s.layers; ++layer) {
-    for (int k = s.first_tensor(); k < kNumTensors; ++k) {
-      tensors.push_back(memory.drawn<T>(tensor_shape(k, s, layer).numel(), 0.5, 1.5));
-    }
-  }
+  for (int64_t i = 0; i < s.tensors(); ++i) tensors.push_back(memory.drawn<T>(tensor_shape(i, s).numel(), 0.5, 1.5));
   const int64_t packed_numel = kernels.packed_numel(s, wide);
   T* packed = memory.blank<T>(packed_numel);
   kernels.pack({s, wide, 1e-5, tensors.data()}, packed, call.host(threads));
   S* x = memory.drawn<S>(s.batch * s.channels * s.positions(), -1e-3, 1e-3);
-  const int64_t out_numel = s.batch * s.out_channels() * s.positions();
+  const int64_t out_numel = s.batch * s.out_channels() * s.out_positions();
   S* out = memory.blank<S>(out_numel);
   if (s.batch > 0) {
     kernels.forward({s, dtype, map_of(x, s.channels, s, channels_last), map_of(out, s.out_channels(), s, true), packed},

@@ -21,7 +21,7 @@ struct DenseScratch {
   T* maps;         // images x positions x channels
   T* padded;       // images
   T* activated;    // kMostRows x kMostDepth
-  T* product;      // kMostRows x squeeze
+  T* product;      // kMostRows x results of a 1x1 convolution
   T* transformed;  // places x kMostTiles x kMostTaken
   T* results;      // places x kMostTiles x growth
 
@@ -32,10 +32,11 @@ struct DenseScratch {
   void carve(Arena& arena, const DenseSizes& s, int64_t maps_size, int64_t padded_size) {
     maps = arena.take<T>(maps_size);
     padded = arena.take<T>(padded_size);
-    activated = arena.take<T>(s.squeeze > 0 ? kMostRows * activated_pitch() : 0);
-    product = arena.take<T>(kMostRows * round_up<T>(s.squeeze));
-    transformed = arena.take<T>(kPlaces * transformed_place());
-    results = arena.take<T>(kPlaces * results_place(s));
+    const int64_t widest = std::max(s.squeeze, s.transition);
+    activated = arena.take<T>(widest > 0 ? kMostRows * activated_pitch() : 0);
+    product = arena.take<T>(kMostRows * round_up<T>(widest));
+    transformed = arena.take<T>(s.layers > 0 ? kPlaces * transformed_place() : 0);
+    results = arena.take<T>(s.layers > 0 ? kPlaces * results_place(s) : 0);
   }
 };
 
@@ -45,6 +46,11 @@ struct DenseGroup {
   int64_t first, count;
   T* maps;
   T* padded;
+};
+
+// A thread's part of a 1x1 convolution.
+struct DensePart {
+  Range rows, panels;
 };
 
 // [0, n) in parts of at most `most` that begin at multiples of `unit`: visit(first, count).
@@ -68,32 +74,40 @@ class DenseForward {
       : args_(args),
         host_(host),
         s_(args.sizes),
-        pitch_(s_.out_channels()),
-        padded_(s_, round_up<T>(s_.taken(s_.layers - 1))) {
+        pitch_(s_.maps_channels()),
+        padded_(s_, round_up<T>(s_.layers > 0 ? s_.taken(s_.layers - 1) : 0)) {
     Pieces<T> pieces(static_cast<T*>(const_cast<void*>(args.packed)));
     layers_ = shared<DenseLayer<T>>(host, s_.layers);
     for (int64_t i = 0; i < s_.layers; ++i) layers_[i] = take_layer(pieces, s_, i);
+    if (s_.transition > 0) transition_ = take_transition(pieces, s_);
+    in_out_ = std::is_same_v<S, T> && s_.transition == 0;
+    in_x_ = std::is_same_v<S, T> && s_.layers == 0 && is_dense(args.x);
   }
 
   void run() {
     // Fewer images than threads: all threads work on all images together.
     if (s_.batch < host_.threads) {
-      T* maps = shared<T>(host_, kDirect ? 0 : maps_size(s_.batch));
+      T* maps = shared<T>(host_, own_maps_size(s_.batch));
       return run_group({0, s_.batch, maps, shared<T>(host_, padded_size(s_.batch))}, nullptr, host_.threads);
     }
     parallel(host_, host_.threads, [&](int64_t thread) { run_images(part_of(s_.batch, host_.threads, thread)); });
   }
 
  private:
-  static constexpr bool kDirect = std::is_same_v<S, T>;
+  bool is_dense(const Map& map) const {
+    const int64_t row = s_.width * pitch_;
+    return map.stride[1] == 1 && map.stride[3] == pitch_ && map.stride[2] == row && map.stride[0] == s_.height * row;
+  }
 
   int64_t maps_size(int64_t images) const { return images * s_.positions() * pitch_; }
+  // Where they are neither the operator's argument nor its result.
+  int64_t own_maps_size(int64_t images) const { return in_out_ || in_x_ ? 0 : maps_size(images); }
   int64_t padded_size(int64_t images) const { return images * padded_.image; }
 
   void run_images(Range own) const {
     const int64_t images = own.end - own.begin, wanted = (kWantedPositions + s_.positions() - 1) / s_.positions();
     const int64_t most = std::min(wanted, images);
-    const auto scratch = carve_scratch<Scratch>(host_, s_, kDirect ? 0 : maps_size(most), padded_size(most));
+    const auto scratch = carve_scratch<Scratch>(host_, s_, own_maps_size(most), padded_size(most));
     in_parts(images, most, 1, [&](int64_t first, int64_t count) {
       run_group({own.begin + first, count, scratch.maps, scratch.padded}, &scratch, 1);
     });
@@ -101,15 +115,18 @@ class DenseForward {
 
   // With memory of the only thread, or of none for several.
   void run_group(Group group, const Scratch* scratch, int64_t threads) const {
-    if constexpr (kDirect) group.maps = static_cast<T*>(args_.out.data) + maps_size(group.first);
+    if (in_out_ || in_x_)
+      group.maps = static_cast<T*>(in_out_ ? args_.out.data : args_.x.data) + maps_size(group.first);
     std::memset(group.padded, 0, padded_size(group.count) * sizeof(T));
-    copy_input(group);
+    if (!in_x_) copy_input(group);
     for (int64_t i = 0; i < s_.layers; ++i) {
       const DenseLayer<T>& layer = layers_[i];
       share(scratch, threads, [&](const Scratch& own, int64_t part) { squeeze(layer, group, own, part, threads); });
       share(scratch, threads, [&](const Scratch& own, int64_t part) { convolve(layer, group, own, part, threads); });
     }
-    if constexpr (!kDirect) {
+    if (s_.transition > 0) {
+      share(scratch, threads, [&](const Scratch& own, int64_t part) { pass_on(group, own, part, threads); });
+    } else if (!in_out_) {
       convert(group.maps, static_cast<S*>(args_.out.data) + maps_size(group.first), maps_size(group.count));
     }
   }
@@ -141,13 +158,16 @@ class DenseForward {
                int64_t threads) const {
     const int64_t rows = group.count * s_.positions();
     if (s_.squeeze == 0) return activate_all(layer, group, part_of(rows, threads, part));
-    // Few positions: to share out the weights is better than to read them all in every thread.
-    const bool by_rows = threads == 1 || rows >= 2 * kProductRows * threads;
-    const Range all{0, layer.conv1.count()}, own = by_rows ? part_of(rows, threads, part) : Range{0, rows};
-    const Range panels = by_rows ? all : part_of(all.end, threads, part);
-    in_parts(own.end - own.begin, kMostRows, 1, [&](int64_t first, int64_t count) {
-      squeeze_rows(layer, group, scratch, own.begin + first, count, panels);
+    const DensePart own = part_of_product(rows, layer.conv1.count(), part, threads);
+    in_parts(own.rows.end - own.rows.begin, kMostRows, 1, [&](int64_t first, int64_t count) {
+      squeeze_rows(layer, group, scratch, own.rows.begin + first, count, own.panels);
     });
+  }
+
+  // Few positions: to share out the weights is better than to read them all in every thread.
+  static DensePart part_of_product(int64_t rows, int64_t panels, int64_t part, int64_t threads) {
+    if (threads == 1 || rows >= 2 * kProductRows * threads) return {part_of(rows, threads, part), {0, panels}};
+    return {{0, rows}, part_of(panels, threads, part)};
   }
 
   void squeeze_rows(const DenseLayer<T>& layer, const Group& group, const Scratch& scratch, int64_t first,
@@ -261,12 +281,50 @@ class DenseForward {
     }
   }
 
+  // The transition: its convolution is linear, so that it can read the means of windows of 2x2 positions.
+  void pass_on(const Group& group, const Scratch& scratch, int64_t part, int64_t threads) const {
+    const DensePart own = part_of_product(group.count * s_.out_positions(), transition_.conv.count(), part, threads);
+    const int64_t pitch = round_up<T>(s_.transition), begin = own.panels.begin * Panels<T>::kColumns;
+    const int64_t end = std::min(own.panels.end * Panels<T>::kColumns, s_.transition);
+    in_parts(own.rows.end - own.rows.begin, kMostRows, 1, [&](int64_t part_first, int64_t count) {
+      const int64_t first = own.rows.begin + part_first;
+      in_parts(pitch_, kMostDepth, kLanes<T>, [&](int64_t k, int64_t depth) {
+        for (int64_t r = 0; r < count; ++r) {
+          activate_window(group, first + r, k, depth, scratch.activated + r * Scratch::activated_pitch());
+        }
+        multiply_panels<T>({scratch.activated, Scratch::activated_pitch(), 1}, transition_.conv, own.panels, k, depth,
+                           scratch.product, pitch, count, k == 0 ? Result::kReplaced : Result::kAdded);
+      });
+      for (int64_t r = 0; r < count && begin < end; ++r) {
+        S* to = static_cast<S*>(args_.out.data) + (group.first * s_.out_positions() + first + r) * s_.transition;
+        convert(scratch.product + r * pitch + begin, to + begin, end - begin);
+      }
+    });
+  }
+
+  // The mean of relu(BN(x)) over the window of the transition's position `p`, channels as in `activate`.
+  void activate_window(const Group& group, int64_t p, int64_t first, int64_t count, T* to) const {
+    const int64_t n = p / s_.out_positions(), rest = p % s_.out_positions();
+    const int64_t y = rest / s_.out_width() * 2, x = rest % s_.out_width() * 2;
+    const T* corner = group.maps + ((n * s_.height + y) * s_.width + x) * pitch_ + first;
+    const int64_t row = s_.width * pitch_;
+    for (int64_t c = 0; c < count; c += kLanes<T>) {
+      Vec<T> sum{};
+      for (const T* from : {corner, corner + pitch_, corner + row, corner + row + pitch_}) {
+        sum += transition_.norm.relu_of(load_first<T>(from + c, count - c), first + c);
+      }
+      store<T>(to + c, sum / 4);
+    }
+  }
+
   const DenseBlock& args_;
   const Host& host_;
   const DenseSizes& s_;
   const int64_t pitch_;
   const Padded padded_;
   DenseLayer<T>* layers_;
+  DenseTransition<T> transition_{};
+  bool in_out_, in_x_;  // whether the maps lie in the result, or are the argument
 };
 
 }  // namespace

@@ -77,6 +77,12 @@ struct DenseLayer {
   Panels<T> kernels(int place) const { return {conv2.data + place * conv2_pitch, conv2.depth, conv2.columns}; }
 };
 
+template <typename T>
+struct DenseTransition {
+  Normalised<T> norm;
+  Panels<T> conv;  // (channels, transition)
+};
+
 // Hands out the pieces of packed constants in their order.
 template <typename T>
 class Pieces {
@@ -114,8 +120,14 @@ DenseLayer<T> take_layer(Pieces<T>& pieces, const DenseSizes& s, int64_t index) 
   return layer;
 }
 
-// --- packing
-// ----------------------------------------------------------------------------------------------------------
+template <typename T>
+DenseTransition<T> take_transition(Pieces<T>& pieces, const DenseSizes& s) {
+  const int64_t channels = s.maps_channels();
+  const Normalised<T> norm = take_norm(pieces, channels);
+  return {norm, {pieces.take(Panels<T>::numel(channels, s.transition)), channels, round_up<T>(s.transition)}};
+}
+
+// --- packing ---
 
 // value(k, column) to panels, whose columns beyond `columns` are zero.
 template <typename T, typename Value>
@@ -161,14 +173,20 @@ void transform_kernel(const T* g, T (&to)[kPlaces]) {
   }
 }
 
+// Of a 1x1 convolution.
+template <typename T>
+void pack_weight(const Panels<T>& panels, int64_t outputs, const void* tensor) {
+  const T* weight = static_cast<const T*>(tensor);
+  pack_panels(panels, outputs, [&](int64_t k, int64_t column) { return weight[column * panels.depth + k]; });
+}
+
 template <typename T>
 void pack_layer(const DenseSizes& s, const DenseLayer<T>& layer, const void* const* tensors, double eps) {
   using namespace dense_block;
   const void* const* own = tensors - s.first_tensor();
   if (s.squeeze > 0) {
     pack_norm(layer.norm1, layer.inputs, own + kNorm1Weight, eps);
-    const T* weight = static_cast<const T*>(own[kConv1Weight]);
-    pack_panels(layer.conv1, s.squeeze, [&](int64_t k, int64_t column) { return weight[column * layer.inputs + k]; });
+    pack_weight(layer.conv1, s.squeeze, own[kConv1Weight]);
   }
   const int64_t taken = layer.conv2.depth;
   pack_norm(layer.norm2, taken, own + kNorm2Weight, eps);
@@ -195,12 +213,19 @@ void pack_layers(const DenseBlockTensors& args, T* packed, const Host& host) {
       pack_layer(s, layers[i], args.tensors + i * s.layer_tensors(), args.eps);
     }
   });
+  if (s.transition > 0) {
+    const DenseTransition<T> transition = take_transition(pieces, s);
+    const void* const* own = args.tensors + s.layers * s.layer_tensors();
+    pack_norm(transition.norm, s.maps_channels(), own + dense_block::kNorm1Weight, args.eps);
+    pack_weight(transition.conv, s.transition, own[dense_block::kConv1Weight]);
+  }
 }
 
 template <typename T>
 int64_t packed_elements(const DenseSizes& s) {
   Pieces<T> pieces(nullptr);
   for (int64_t i = 0; i < s.layers; ++i) take_layer(pieces, s, i);
+  if (s.transition > 0) take_transition(pieces, s);
   return pieces.used();
 }
 

@@ -20,12 +20,17 @@ def named(x: Tensor, tensors: list[Tensor], eps: float = 1e-5) -> Case:
 
 
 def draw_case(draw: Any, dtype: torch.dtype) -> Case:
+    layers, transition = draw(st.integers(0, 4)), draw(st.sampled_from([0, 1, 11, 40]))
+    transition = transition if layers else max(transition, 1)
+    least = 2 if transition else 1
     height, width = draw(
-        st.one_of(st.tuples(st.integers(1, 12), st.integers(1, 20)), st.tuples(st.just(1), st.integers(1, 150)))
+        st.one_of(
+            st.tuples(st.integers(least, 12), st.integers(least, 20)),
+            st.tuples(st.just(least), st.integers(least, 150)),
+        )
     )
-    extents = Extents(
-        draw(st.integers(1, 40)), draw(st.integers(1, 4)), draw(st.integers(0, 40)), draw(st.integers(1, 40))
-    )
+    squeeze, growth = (draw(st.integers(0, 40)), draw(st.integers(1, 40))) if layers else (0, 0)
+    extents = Extents(draw(st.integers(1, 40)), layers, squeeze, growth, transition)
     block = Dense(draw(st.integers(0, 4)), height, width, extents)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     x, tensors = make_dense(block, dtype, draw(st.sampled_from([dtype, wide])), seed=draw(st.integers(0, 2**31)))
