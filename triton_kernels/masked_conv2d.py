@@ -656,7 +656,7 @@ class Walk(NamedTuple):
 
     @classmethod
     def of_convolution(cls, numbers: Sequence[int]) -> Walk:
-        """That of the operator's `numbers` (`pyext.ops.masked_conv2d.Geometry`)."""
+        """That of the operator's `numbers` (`pyext.ops.masked_conv2d_parts.Geometry`)."""
         return cls((-numbers[2], -numbers[3]), (numbers[0], numbers[1]), (numbers[4], numbers[5]))
 
     def is_pointwise(self, source: Tensor, weight: Tensor, extents: Sequence[int]) -> bool:
@@ -1030,7 +1030,7 @@ def forward(
     """The result (N, O, H', W'), NCHW in x's dtype.
 
     Arguments as in `pyext.ops.masked_conv2d`, lists with a dimension of sub-networks, weight of any strides; `numbers`
-    is `pyext.ops.masked_conv2d.Geometry`. Numbers outside the layer count as absent channels.
+    is `pyext.ops.masked_conv2d_parts.Geometry`. Numbers outside the layer count as absent channels.
     """
     sizes = zip(x.shape[2:], weight.shape[2:], numbers[:2], numbers[2:4], numbers[4:6], strict=True)
     extents = ((n + 2 * padding - dilation * (k - 1) - 1) // stride + 1 for n, k, stride, padding, dilation in sizes)
@@ -1048,7 +1048,7 @@ def backward(
     inputs: Tensor, outputs: Tensor, subnets: Tensor | None, gate: Tensor | None, numbers: Sequence[int],
     for_x: bool, for_parameters: bool,
 ) -> Gradients:  # fmt: skip
-    """Gradients as those of `pyext.ops.masked_conv2d.backward`: x's in its dtype, NCHW, others in float32.
+    """Gradients as those of `pyext.ops.masked_conv2d_backward.backward`: x's in its dtype, NCHW, others in float32.
 
     `grad_out` has any strides, `out` is what `forward` returned.
     """
