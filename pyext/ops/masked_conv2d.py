@@ -22,11 +22,9 @@ from torch import _C, Tensor
 
 from pyext import _backend, _library
 from pyext._operator import (
+    UNMEASURED_ON_GPUS,
     accumulate_dtype,
-    no_cpu,
-    no_cuda,
-    no_reference,
-    no_triton,
+    backends,
     register_differentiable,
     register_triton,
     triton_kernels,
@@ -72,18 +70,7 @@ def reference(
     return out
 
 
-OPERATOR = _backend.register(
-    _backend.Operator(
-        "masked_conv2d",
-        {
-            "cpu": lambda x, *_: no_cpu("x", x),
-            # Before the kernels of GPUs, whose speed was not measured: auto may not be slower than plain torch.
-            "reference": no_reference,
-            "cuda": lambda x, *_: no_cuda("x", x),
-            "triton": lambda x, *_: no_triton("x", x),
-        },
-    )
-)
+OPERATOR = _backend.register(_backend.Operator("masked_conv2d", backends("x", UNMEASURED_ON_GPUS)))
 
 
 def masked_conv2d(
