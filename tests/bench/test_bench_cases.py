@@ -1,11 +1,13 @@
 """The cases themselves: what they count, and that their contenders give what the gate expects."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
 
 from bench import networks
+from bench import test_bn_relu_conv2d as convolution
 from bench import test_densenet as densenet
 from bench import test_gated_excitation as operator
 from bench import test_hcgnet as hcgnet
@@ -15,7 +17,7 @@ from bench import test_memory_contrast as memory_bank
 from bench import test_memory_update as bank_update
 from bench import test_peer_contrast as peers
 from bench import test_subnet_execution as subnets
-from bench.case import Gate
+from bench.case import Contender, Gate
 from bench.peers import Subject, gradient_runner, step_runner
 from pyext.models.hcgnet import HCGNet
 
@@ -25,7 +27,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_case_has_a_name_of_its_own_and_peers_to_beat(device):
     device = torch.device(device)
-    modules = operator, block, masked, memory_bank, bank_update, peers, hcgnet, densenet, subnets
+    modules = operator, convolution, block, masked, memory_bank, bank_update, peers, hcgnet, densenet, subnets
     cases = [case for module in modules for case in module.cases(device)]
     assert len({case.name for case in cases}) == len(cases)
     for case in cases:
@@ -33,6 +35,25 @@ def test_every_case_has_a_name_of_its_own_and_peers_to_beat(device):
         assert len(set(names)) == len(names)
         assert {contender.ours for contender in case.contenders} == {True, False}
         assert set(case.plain) <= set(names)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_convolutions_pass_the_gate(kernel, dtype, monkeypatch):
+    monkeypatch.setattr(convolution, "BATCH", 3)
+    setup = convolution.Setup(convolution.Layer(6, 4, 8, kernel, 1, 2 if kernel == 3 else 1), CPU, dtype)
+    case = convolution._case(setup)
+    gate = Gate(case)
+    ours = ("pyext", "pyext cpu") if dtype == torch.float32 else ("pyext cpu",)  # as GPUs run it
+    for contender in [Contender(kind, functools.partial(setup.build, kind), True) for kind in ours]:
+        gate.check(contender, contender.build().results())
+
+
+def test_gpu_cases_of_bn_relu_conv2d_cover_both_dtypes_and_both_backends():
+    cases = convolution.cases(torch.device("cuda"))
+    assert {case.dtype for case in cases} == {torch.float32, torch.bfloat16}
+    for case in cases:
+        assert {"pyext cuda", "pyext triton", "eager"} < {contender.name for contender in case.contenders}
 
 
 def test_masked_layers_pass_the_gate():
