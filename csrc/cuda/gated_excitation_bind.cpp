@@ -98,12 +98,15 @@ Result run_forward(const Tensor& u, const std::vector<Tensor>& parameters, const
   const DeviceGuard guard = guard_device_of(u);
   const CheckedInputs checked(u, parameters, running, training, eps);
   const Sizes& s = checked.inputs.sizes;
-  const Tensor none = new_floats(u, {0});
-  const Tensor position = save ? new_floats(u, {s.batch, kNumBranches, s.positions()}) : none;
-  const Tensor pooled = save ? new_floats(u, {s.batch, kNumBranches, s.channels}) : none;
-  const Tensor hidden = save ? new_floats(u, {s.batch, s.hidden()}) : none;
-  const Tensor map_statistics = training ? new_floats(u, {2, s.channels}) : none;
-  const Tensor hidden_statistics = training ? new_floats(u, {2, s.hidden()}) : none;
+  // What is not needed is a tensor of its own all the same: an operator's results may not share memory.
+  const auto buffer = [&](bool needed, const std::vector<int64_t>& shape) {
+    return new_floats(u, needed ? shape : std::vector<int64_t>{0});
+  };
+  const Tensor position = buffer(save, {s.batch, kNumBranches, s.positions()});
+  const Tensor pooled = buffer(save, {s.batch, kNumBranches, s.channels});
+  const Tensor hidden = buffer(save, {s.batch, s.hidden()});
+  const Tensor map_statistics = buffer(training, {2, s.channels});
+  const Tensor hidden_statistics = buffer(training, {2, s.hidden()});
   const Tensor workspace = workspace_like(u, forward_workspace_bytes(checked.inputs, save));
   const Saved saved{floats(position), floats(pooled), floats(hidden), floats(map_statistics),
                     floats(hidden_statistics)};
