@@ -17,11 +17,22 @@ from bench import test_memory_contrast as memory_bank
 from bench import test_memory_update as bank_update
 from bench import test_peer_contrast as peers
 from bench import test_subnet_execution as subnets
-from bench.case import Contender, Gate
+from bench.case import Case, Contender, Gate
 from bench.peers import Subject, gradient_runner, step_runner
 from pyext.models.hcgnet import HCGNet
 
 CPU = torch.device("cpu")
+
+
+def assert_contenders_pass(case: Case) -> None:
+    """All but torch.compile, which takes long, pass the gate, before and after a run that is not looked at."""
+    gate = Gate(case)
+    for contender in case.contenders:
+        if "torch.compile" not in contender.name:
+            runner = contender.build()
+            gate.check(contender, runner.results())
+            runner.run()
+            gate.check(contender, runner.results())
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -42,11 +53,9 @@ def test_every_case_has_a_name_of_its_own_and_peers_to_beat(device):
 def test_convolutions_pass_the_gate(kernel, dtype, monkeypatch):
     monkeypatch.setattr(convolution, "BATCH", 3)
     setup = convolution.Setup(convolution.Layer(6, 4, 8, kernel, 1, 2 if kernel == 3 else 1), CPU, dtype)
-    case = convolution._case(setup)
-    gate = Gate(case)
-    ours = ("pyext", "pyext cpu") if dtype == torch.float32 else ("pyext cpu",)  # as GPUs run it
-    for contender in [Contender(kind, functools.partial(setup.build, kind), True) for kind in ours]:
-        gate.check(contender, contender.build().results())
+    kinds = ["pyext cpu", "eager", "eager channels_last", *["pyext"] * (dtype == torch.float32)]
+    contenders = [Contender(kind, functools.partial(setup.build, kind), "pyext" in kind) for kind in kinds]
+    assert_contenders_pass(dataclasses.replace(convolution._case(setup), contenders=contenders))
 
 
 def test_gpu_cases_of_bn_relu_conv2d_cover_both_dtypes_and_both_backends():
@@ -61,10 +70,7 @@ def test_masked_layers_pass_the_gate():
     case = masked._case(setup)
     assert setup.work().operations == 3 * 25 * 6 * (18 * 4 + 3)
     assert setup.work().bytes == 4 * (9 * 4 * 6 + 3 * 25 * (4 + 6))
-    gate = Gate(case)
-    for contender in case.contenders:
-        if "compile" not in contender.name:
-            gate.check(contender, contender.build().results())
+    assert_contenders_pass(case)
 
 
 def test_sub_networks_of_one_batch_pass_the_gate():
@@ -88,10 +94,7 @@ def test_block_work_of_one_position():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_block_contenders_pass_the_gate(dtype):
     case = block._case(block.Setup(5, 4, 6, 2, CPU, dtype))
-    gate = Gate(case)
-    for contender in case.contenders:
-        if "compile" not in contender.name:
-            gate.check(contender, contender.build().results())
+    assert_contenders_pass(case)
 
 
 def test_operator_work_of_the_smallest_shape():
@@ -115,13 +118,7 @@ def test_network_work_is_that_of_the_paper():
 @pytest.mark.parametrize("training", [False, True])
 def test_our_contenders_and_eager_pass_the_operators_gate(training, dtype):
     case = operator._case(operator.Setup(6, 5, training, CPU, dtype))
-    gate = Gate(case)
-    for contender in case.contenders:
-        if not contender.name.startswith("torch.compile"):
-            runner = contender.build()
-            gate.check(contender, runner.results())
-            runner.run()
-            gate.check(contender, runner.results())
+    assert_contenders_pass(case)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -164,12 +161,7 @@ def test_contenders_pass_memory_contrasts_gate(monkeypatch):
     monkeypatch.setattr(memory_bank, "SAMPLES", 40)
     monkeypatch.setattr(memory_bank, "BATCH", 5)
     case = memory_bank._case(256, CPU)
-    gate = Gate(case)
-    for contender in case.contenders:
-        if not contender.name.startswith("torch.compile"):
-            runner = contender.build()
-            runner.run()
-            gate.check(contender, runner.results())
+    assert_contenders_pass(case)
 
 
 def test_densenet40_of_the_bench_is_pyexts():
@@ -191,12 +183,7 @@ def test_peer_contrast_work_is_that_of_the_definition():
 def test_contenders_pass_peer_contrasts_gate(peers_and_batch, dtype, monkeypatch):
     monkeypatch.setattr(peers, "TRUTH_ROWS", 7)
     case = peers._case(peers.Setup(*peers_and_batch, CPU, dtype))
-    gate = Gate(case)
-    for contender in case.contenders:
-        if not contender.name.startswith("torch.compile"):
-            runner = contender.build()
-            runner.run()
-            gate.check(contender, runner.results())
+    assert_contenders_pass(case)
 
 
 def test_gpu_cases_of_peer_contrast_cover_both_dtypes_and_both_backends():
