@@ -354,7 +354,6 @@ SAMPLES = {
             (_masked((2, 128, 28, 28), 128), torch.bfloat16, "nchw"),
             (_masked((2, 256, 14, 14), 512, stride=2, subnets=2), torch.float16, "channels_last"),
             (_masked((2, 96, 14, 14), 96, groups=96, activation=2), torch.bfloat16, "nchw"),
-            (_masked((8, 256, 7, 7), 256, subnets=2), torch.float16, "nchw"),
         ),
         takes_out=False,
     ),
