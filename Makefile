@@ -3,6 +3,7 @@
 #   make wheel · make wheel-test · make sanitize · make fuzz
 #   make test TORCH=2.13.0       another torch (any from 2.11 on)
 #   make test PYTHON=python3.12  another interpreter (3.10 or newer)
+#   make test JOBS=8             in more processes than two
 
 PYTHON ?= python3
 TORCH ?= 2.11.0
@@ -33,8 +34,10 @@ $(PACKAGE): $(SOURCES) | $(VENV)/torch.installed
 demo: $(PACKAGE)
 	$(BIN)/pyext demo
 
+# Several processes, whose OpenMP threads sleep while they wait: spinning ones would hold the others' cores.
+JOBS ?= 2
 test: $(PACKAGE)
-	$(BIN)/python -m pytest tests
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations 20 tests
 
 $(VENV)/bench.installed: pyproject.toml | $(PACKAGE)
 	$(BIN)/python -m pip install -q --no-build-isolation -e ".[bench]"

@@ -41,6 +41,9 @@ X86_CAPABILITIES = {
 }
 IS_X86 = os.uname().machine in ("x86_64", "AMD64")
 CAPABILITIES = X86_CAPABILITIES if IS_X86 else {"baseline": []}
+# Of the kernels that multiply pairs of bfloat16.
+BFLOAT16_CAPABILITIES = {"avx512_bf16": [*X86_CAPABILITIES["avx512"], "-mavx512bf16"]} if IS_X86 else {}
+BFLOAT16_KERNELS = ("hybrid_block_kernel",)
 CUDA_ARCHITECTURES = os.environ.get("PYEXT_CUDA_ARCHITECTURES", "80;90;100").split(";")
 # -Wno-psabi: vectors wider than the baseline's registers stay inside one file. No LTO: it would merge instruction sets.
 CXX_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-fno-lto", "-Wall", "-Wno-psabi"]
@@ -109,6 +112,11 @@ def torch_link(*libraries: str) -> list[str]:
     return [f"-L{path}" for path in cpp_extension.library_paths()] + [f"-l{name}" for name in (*libraries, "gcc")]
 
 
+def capabilities_of(kernel: Path) -> dict[str, list[str]]:
+    """The instruction sets that a kernel file is compiled for, with the flags of each."""
+    return CAPABILITIES | (BFLOAT16_CAPABILITIES if kernel.stem in BFLOAT16_KERNELS else {})
+
+
 def cpu_plan() -> Plan:
     import pybind11
 
@@ -123,7 +131,7 @@ def cpu_plan() -> Plan:
     plan.objects.append((SOURCES / "module.cpp", "cxx", pybind_flags + facts))
     for source in sorted((SOURCES / "cpu").glob("*.cpp")):
         if source.stem.endswith("_kernel"):
-            for name, flags in CAPABILITIES.items():
+            for name, flags in capabilities_of(source).items():
                 plan.objects.append((source, "cxx", [*include_flags([]), *flags, f"-DPYEXT_CAPABILITY={name}"]))
         else:
             plan.objects.append((source, "cxx", torch_flags))

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.case import Case, Contender, Runner
 from bench.peers import (
+    BFLOAT16_ENGINES,
     FORMATS,
     INFERENCE_ENGINES,
     Subject,
@@ -141,13 +142,17 @@ class Setup:
     dtype: torch.dtype = torch.float32
 
     def build(self, kind: str) -> Runner:
-        """A contender by the words of its name: the program, then the memory format."""
-        program, _, layout = kind.partition(" ")
-        memory_format = FORMATS[" " + layout if layout else ""]
+        """A contender by the words of its name: the program, "cast" where the model is cast and not by autocast, then
+        the memory format."""
+        program, *words = kind.split(" ")
+        memory_format = FORMATS[" channels_last" if "channels_last" in words else ""]
         model = MODELS[program](self.network).to(self.device).to(memory_format=memory_format).train(self.training)
         images, labels = _images(self.network, self.batch)
         images = images.to(self.device).contiguous(memory_format=memory_format)
-        subject = autocast(_subject(model, self.network), self.device, self.dtype)
+        if "cast" in words:
+            subject, images = _subject(model.to(self.dtype), self.network), images.to(self.dtype)
+        else:
+            subject = autocast(_subject(model, self.network), self.device, self.dtype)
         if program == "torch.compile":
             subject = compiled(subject, self.training)
         return self._runner(subject, images, labels.to(self.device))
@@ -158,7 +163,8 @@ class Setup:
         return inference_runner(subject, images)
 
     def engine(self, name: str) -> Runner:
-        return INFERENCE_ENGINES[name](self.network.plain().eval(), _images(self.network, self.batch)[0])
+        precision = () if self.dtype == torch.float32 else (self.dtype,)
+        return INFERENCE_ENGINES[name](self.network.plain().eval(), _images(self.network, self.batch)[0], *precision)
 
     def truth(self) -> Runner:
         images, labels = (x.to(self.device) for x in _images(self.network, min(self.batch, _DISTINCT)))
@@ -176,12 +182,18 @@ class Setup:
             ours.append("pyext-lean")
         if on_gpu and "accelerate channels_last" not in ours:  # where pyext leaves the memory format to the caller
             ours.append("accelerate channels_last")
-        peer_kinds = [*("eager" + suffix for suffix in FORMATS), *["torch.compile"] * ("compile" in peers)]
+        peer_kinds = ["eager" + suffix for suffix in FORMATS]
+        if "compile" in peers:  # in training in its faster memory format; at inference it chooses one itself
+            peer_kinds.append("torch.compile channels_last" if self.training else "torch.compile")
+        if "cast" in peers:
+            peer_kinds += [program + " cast" for program in ("eager", "torch.compile")]
         found = [Contender(kind, functools.partial(self.build, kind), True) for kind in ours]
         found += [Contender(kind, functools.partial(self.build, kind)) for kind in peer_kinds]
         if "engines" in peers and self.device.type == "cpu":
-            absent = missing_engines()
-            engines = [name for name in INFERENCE_ENGINES if name not in absent]
+            absent, able = missing_engines(), INFERENCE_ENGINES
+            if self.dtype == torch.bfloat16:
+                able = {name: able[name] for name in BFLOAT16_ENGINES}
+            engines = [name for name in able if name not in absent]
             found += [Contender(name, functools.partial(self.engine, name)) for name in engines]
         return found
 

@@ -193,11 +193,12 @@ def missing_engines() -> list[str]:
     return [name for name in INFERENCE_ENGINES if importlib.util.find_spec(name) is None]
 
 
-def openvino_runner(module: nn.Module, x: Tensor) -> Runner:
-    """`module` converted to OpenVINO, in float32 on as many threads as torch has."""
+def openvino_runner(module: nn.Module, x: Tensor, dtype: torch.dtype = torch.float32) -> Runner:
+    """`module` converted to OpenVINO, computing in `dtype` on as many threads as torch has; x and result in float32."""
     import openvino
 
-    settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
+    precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
+    settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": precision}
     model = openvino.compile_model(openvino.convert_model(module, example_input=x), "CPU", settings)
     request, array = model.create_infer_request(), x.numpy()
     return _engine_runner(lambda: request.infer([array])[0])
@@ -221,3 +222,5 @@ def _engine_runner(run: Callable[[], object]) -> Runner:
 
 
 INFERENCE_ENGINES = {"openvino": openvino_runner, "onnxruntime": onnxruntime_runner}
+BFLOAT16_ENGINES = ("openvino",)
+"""Those that compute in bfloat16 when asked to, by a third argument."""

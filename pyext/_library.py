@@ -44,7 +44,10 @@ else:
 
 
 def cpu_capability() -> str:
-    """The instruction set that the CPU kernels run with: ``baseline``, ``avx2`` or ``avx512``."""
+    """The instruction set that the CPU kernels run with: ``baseline``, ``avx2``, ``avx512`` or ``avx512_bf16``.
+
+    Only kernels with products of bfloat16 numbers are compiled for the last one; it runs the others' ``avx512``.
+    """
     return _C.cpu_capability()
 
 

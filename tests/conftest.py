@@ -12,6 +12,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
+from not_run import NOT_RUN
 
 
 @pytest.fixture(autouse=True)
@@ -23,3 +24,20 @@ def _uninitialised_memory_is_nan():
     yield
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = previous
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["not_run"] = session.config.stash.get(NOT_RUN, "")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """A worker of pytest-xdist has ended; all leave out the same tests, and one that crashed says nothing."""
+    if hasattr(node, "workeroutput"):
+        node.config.stash[NOT_RUN] = node.workeroutput["not_run"]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.stash.get(NOT_RUN, ""):
+        terminalreporter.write_line(config.stash[NOT_RUN])

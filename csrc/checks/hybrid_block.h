@@ -31,11 +31,15 @@ inline Sizes sizes_of(const torch::stable::Tensor& x, const std::vector<int64_t>
   return s;
 }
 
-inline void check(const std::vector<torch::stable::Tensor>& tensors, const Sizes& s, double eps) {
+// `packed`: whether the convolutions' weights are.
+inline void check(const std::vector<torch::stable::Tensor>& tensors, const Sizes& s, double eps, bool packed = false) {
   STD_TORCH_CHECK(static_cast<int64_t>(tensors.size()) == s.modules * kNumTensors, "hybrid_block: ", tensors.size(),
                   " tensors, expected ", s.modules * kNumTensors);
   for (int64_t i = 0; i < static_cast<int64_t>(tensors.size()); ++i) {
-    const Shape shape = tensor_shape(static_cast<int>(i % kNumTensors), s, i / kNumTensors);
+    const int tensor = static_cast<int>(i % kNumTensors);
+    const int64_t module = i / kNumTensors;
+    const bool pairs = packed && is_convolution(tensor);
+    const Shape shape = pairs ? packed_shape(tensor, s, module) : tensor_shape(tensor, s, module);
     check_shape(tensors[i], shape, "hybrid_block", "tensors", i);
   }
   STD_TORCH_CHECK(eps >= 0, "hybrid_block: eps is ", eps, ", expected at least 0");

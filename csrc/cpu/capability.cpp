@@ -7,6 +7,8 @@ namespace pyext::cpu {
 
 const char* name(Capability capability) {
   switch (capability) {
+    case Capability::kAvx512Bf16:
+      return "avx512_bf16";
     case Capability::kAvx512:
       return "avx512";
     case Capability::kAvx2:
@@ -24,6 +26,7 @@ std::vector<Capability> available_capabilities() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
       available.push_back(Capability::kAvx512);
+      if (__builtin_cpu_supports("avx512bf16")) available.push_back(Capability::kAvx512Bf16);
     }
   }
 #endif

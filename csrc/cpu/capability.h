@@ -1,4 +1,5 @@
-// Which instruction set the CPU kernels run with. Each csrc/cpu/*_kernel.cpp is compiled once per set.
+// Which instruction set the CPU kernels run with. Each csrc/cpu/*_kernel.cpp is compiled once per set, but for
+// avx512_bf16, which only those have that gain by it (setup.py names them): the others then run as avx512.
 #pragma once
 
 #include <string>
@@ -6,7 +7,7 @@
 
 namespace pyext::cpu {
 
-enum class Capability { kBaseline, kAvx2, kAvx512 };
+enum class Capability { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
 
 const char* name(Capability capability);
 
@@ -20,6 +21,7 @@ Capability capability();
 template <typename Kernels>
 const Kernels& select(const Kernels& baseline, const Kernels& avx2, const Kernels& avx512) {
   switch (capability()) {
+    case Capability::kAvx512Bf16:
     case Capability::kAvx512:
       return avx512;
     case Capability::kAvx2:

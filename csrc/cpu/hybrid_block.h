@@ -14,7 +14,8 @@ struct HybridBlock {
   Map x;
   Map out;
   const void* const* tensors;  // modules x kNumTensors, contiguous
-  const DType* tensor_dtypes;  // of each: dtype or the accumulate type
+  const DType* tensor_dtypes;  // of each, but of packed weights: dtype or the accumulate type
+  bool packed;                 // the convolutions' weights are pairs of bfloat16; dtype is kFloat or kBFloat16
 };
 
 struct HybridBlockKernels {
@@ -28,6 +29,9 @@ namespace avx2 {
 extern const HybridBlockKernels hybrid_block_kernels;
 }
 namespace avx512 {
+extern const HybridBlockKernels hybrid_block_kernels;
+}
+namespace avx512_bf16 {
 extern const HybridBlockKernels hybrid_block_kernels;
 }
 

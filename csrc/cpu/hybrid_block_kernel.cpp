@@ -2,14 +2,22 @@
 //
 // An image goes through the whole block while it is in the second-level cache. The squeeze cell's convolutions keep
 // tiles of channels x positions in registers; what lies between them is written to padded planes, in which a tap of the
-// 3x3 convolution is an offset, so that positions are whole vectors without any mask.
+// 3x3 convolution is an offset, so that positions are whole vectors without any mask. With packed weights, planes and
+// weights hold pairs of channels in bfloat16, which is the depth of avx512_bf16's dot product.
 #include "cpu/hybrid_block/block.h"
 
 namespace pyext::cpu::PYEXT_CAPABILITY {
 namespace {
 
 void run_forward(const HybridBlock& args, const Host& host) {
-  with_element_type(args.dtype, [&](auto zero) { Block<decltype(zero)>(args, host).forward(); });
+  if (args.packed) {
+    if (args.dtype == DType::kFloat) return Block<float, Pairs>(args, host).forward();
+    return Block<BFloat16, Pairs>(args, host).forward();
+  }
+  with_element_type(args.dtype, [&](auto zero) {
+    using S = decltype(zero);
+    Block<S, Numbers<Accumulate<S>>>(args, host).forward();
+  });
 }
 
 }  // namespace

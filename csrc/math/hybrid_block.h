@@ -48,6 +48,15 @@ struct Sizes {
   gated_excitation::Sizes gates() const { return {batch, growth, out_height(), out_width(), forget, attention}; }
 };
 
+inline bool is_convolution(int tensor) { return tensor == kConv1Weight || tensor == kConv2Weight; }
+
+// Of a convolution's weight whose int32 elements hold two input channels each, as the CPU kernel for bfloat16 reads it.
+inline Shape packed_shape(int tensor, const Sizes& s, int64_t module) {
+  const auto pairs = [](int64_t channels) { return (channels + 1) / 2; };
+  if (tensor == kConv1Weight) return {2, {s.squeeze, pairs(s.inputs(module))}};
+  return {4, {s.groups, s.growth / s.groups, pairs(s.squeeze / s.groups), 9}};
+}
+
 // Of one tensor of module `module`.
 inline Shape tensor_shape(int tensor, const Sizes& s, int64_t module) {
   if (tensor >= kGateRunning) return gated_excitation::running_shape(tensor - kGateRunning, s.gates());

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from pyext.nn.bn_relu_conv2d import computes_the_operator, trains_faster
+from pyext.nn.dense_inference import forget, infer_dense_block
 from pyext.nn.dense_training import train_dense_block
 from pyext.nn.hooks import has_forward_hooks
 from pyext.nn.lean import KeepsForBackward, checked_memory
@@ -95,7 +96,8 @@ class DenseLayer(nn.Module):
 
 
 class DenseBlock(KeepsForBackward, nn.Module):
-    """`num_layers` dense layers, each reading all channels before it; trained on the CPU as a whole.
+    """`num_layers` dense layers, each reading all channels before it; on the CPU trained as a whole and, in evaluation
+    without gradients, run as one operator, `dense_block`. Elsewhere torch runs it layer by layer.
 
     Args:
         num_layers: number of layers; they are named ``denselayer1`` and on.
@@ -128,38 +130,57 @@ class DenseBlock(KeepsForBackward, nn.Module):
             self.add_module(f"denselayer{i + 1}", layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        cells = self._fused_cells(x)
-        if cells is not None:
-            return train_dense_block(cells, x, self.memory)
+        if self.training:
+            cells = self._trained_cells(x)
+            if cells is not None:
+                return train_dense_block(cells, x, self.memory)
+        elif (whole := infer_dense_block(self, x)) is not None:
+            return whole
         features = [to_torch_format(x)]
         for layer in self._modules.values():
             assert layer is not None
             features.append(layer(features))
         return torch.cat(features, 1)
 
-    def _fused_cells(self, x: Tensor) -> list[list[tuple[Any, Any]]] | None:
-        """The layers' cells where the block trains as a whole and that is faster."""
-        if not self.training or not self._modules or not _trains_whole(x):
-            return None
-        found = []
-        channels = x.shape[1]
+    def train(self, mode: bool = True) -> DenseBlock:
+        """`torch.nn.Module.train`, which also drops what is kept for inference."""
+        forget(self)
+        return super().train(mode)
+
+    def layer_cells(self) -> list[list[tuple[Any, Any]]] | None:
+        """The (BatchNorm2d, Conv2d) pairs of each layer; None where the operators do not compute what layers say."""
+        found: list[list[tuple[Any, Any]]] = []
         for layer in self._modules.values():
             cells = layer.cells() if type(layer) is DenseLayer else None
-            if cells is None or not _follow(cells, channels, x.dtype):
+            if not cells:
+                return None
+            channels = found[0][0][0].num_features + sum(c[-1][1].out_channels for c in found) if found else None
+            if not _follow(cells, channels):
                 return None
             found.append(cells)
-            channels += cells[-1][1].out_channels
-        momentum = found[0][0][0].momentum
-        norms = [norm for cells in found for norm, _ in cells]
-        return found if all(norm.training and norm.momentum == momentum for norm in norms) else None
+        return found or None
+
+    def _trained_cells(self, x: Tensor) -> list[list[tuple[Any, Any]]] | None:
+        """The layers' cells where the block trains as a whole and that is faster."""
+        if not _trains_whole(x):
+            return None
+        found = self.layer_cells()
+        if found is None or found[0][0][0].num_features != x.shape[1]:
+            return None
+        cells = [cell for layer in found for cell in layer]
+        momentum = cells[0][0].momentum
+        same = all(norm.training and norm.momentum == momentum and _is_of(norm, conv, x.dtype) for norm, conv in cells)
+        return found if same else None
 
 
-def _follow(cells: Sequence[tuple[Any, Any]], channels: int, dtype: torch.dtype) -> bool:
-    """Whether the cells take `channels` channels, one after the other, and are of `dtype`."""
+def _follow(cells: Sequence[tuple[Any, Any]], channels: int | None) -> bool:
+    """Whether the cells take `channels` channels, any for None, one after the other."""
     for norm, conv in cells:
-        if norm.num_features != channels or conv.in_channels != channels:
-            return False
-        if norm.weight.dtype != dtype or conv.weight.dtype != dtype or norm.running_mean.dtype != dtype:
+        if norm.num_features != (channels or norm.num_features) or conv.in_channels != norm.num_features:
             return False
         channels = conv.out_channels
     return True
+
+
+def _is_of(norm: Any, conv: Any, dtype: torch.dtype) -> bool:
+    return norm.weight.dtype == dtype and conv.weight.dtype == dtype and norm.running_mean.dtype == dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -10,14 +11,59 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pyext import _library
 from pyext._C import unchanged
 from pyext.nn.hooks import has_forward_hooks
 from pyext.nn.memory_format import memory_format_of
-from pyext.ops.hybrid_block import OPERATOR, hybrid_block
+from pyext.ops.hybrid_block import CONVOLUTIONS, OPERATOR, TENSORS, hybrid_block, pack_hybrid_block
 
 _CELLS = ("conv1_1x1", "conv2_3x3")
 _NORM = ("weight", "bias")
 _STATISTICS = ("running_mean", "running_var")
+_VERSION = operator.attrgetter("_version")
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU kernel's products of bfloat16 numbers are faster than those of float32."""
+    return _library.cpu_capability() == "avx512_bf16"
+
+
+class _Cast:
+    """A block's tensors for bfloat16 on the CPU: convolutions' weights as the kernel multiplies them, made once.
+
+    The other tensors, few numbers each, are converted by the kernel where they must be: to see whether one of those 42
+    per module has changed takes longer.
+    """
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._tensors = tensors
+        starts = range(0, len(tensors), len(TENSORS))
+        self._places = [start + index for start in starts for index in CONVOLUTIONS]
+        self._weights = [tensors[place] for place in self._places]
+        # Those have no version, so they may change unnoticed.
+        self._known = not any(weight.is_inference() for weight in self._weights)
+        self._state: list[Any] = []
+        self._held: list[Tensor] = []
+        self._made: list[Tensor] = []
+
+    def tensors(self) -> list[Tensor]:
+        """The operator's, in its order."""
+        if not self._known or _library.is_traced():
+            return self._tensors
+        state = [multiplies_bfloat16(), *map(_VERSION, self._weights), *map(Tensor.data_ptr, self._weights)]
+        if state != self._state:
+            self._made = self._make()
+            self._state = state
+            self._held = [weight.detach() for weight in self._weights]  # no other weight comes to these addresses
+        return self._made
+
+    def _make(self) -> list[Tensor]:
+        if multiplies_bfloat16():
+            return pack_hybrid_block(self._tensors)
+        made = list(self._tensors)
+        for place, weight in zip(self._places, self._weights, strict=True):
+            made[place] = weight.detach().float()
+        return made
 
 
 class _Seen(NamedTuple):
@@ -30,6 +76,7 @@ class _Seen(NamedTuple):
     tensors: list[Tensor]
     """The operator's, in its order."""
     eps: float
+    cast: _Cast
 
     def holds(self) -> bool:
         return unchanged(self.dictionaries, self.items) and tuple(map(type, self.parts)) == self.kinds
@@ -43,10 +90,16 @@ def run_block(owner: nn.Module, x: Tensor, *, stride: int = 1, dense: bool = Tru
     where it does not say what the operator computes: training, gradients, tracing, hooks, replaced submodules, modules
     of different widths. The memory format is kept.
 
+    On the CPU a model in bfloat16, and one in float32 under ``torch.autocast("cpu", torch.bfloat16)``, multiply in
+    bfloat16 where the processor has products for it (AVX-512 BF16), else in float32, which is more exact. Either way
+    they keep their convolutions' weights as the kernel reads them, until a weight's version says that it changed: what
+    is written through a weight's ``.data`` has no version and is not seen.
+
     Raises:
         ValueError, TypeError: as `hybrid_block`.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _autocasts(x):
+    cast = _autocast_dtype(x)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or cast not in (None, x.dtype, _cpu_cast(x)):
         return None
     seen = _seen.get(owner)
     # To look through the 22 submodules of each layer can take longer than to run it on one image.
@@ -58,7 +111,12 @@ def run_block(owner: nn.Module, x: Tensor, *, stride: int = 1, dense: bool = Tru
         _seen[owner] = seen
     if not OPERATOR.has_kernel(x, seen.tensors):
         return None
-    result = hybrid_block(x, seen.tensors, stride=stride, dense=dense, eps=seen.eps)
+    tensors = seen.tensors
+    if torch.bfloat16 in (cast, x.dtype) and OPERATOR.runs("cpu", x, tensors):
+        tensors = seen.cast.tensors()
+    result = hybrid_block(x, tensors, stride=stride, dense=dense, eps=seen.eps)
+    if cast is not None and not dense:  # torch concatenates in the wider dtype
+        result = result.to(cast)
     return result.contiguous(memory_format=memory_format_of(x))
 
 
@@ -70,10 +128,11 @@ def _look(owner: Any, stride: int) -> _Seen | None:
     # Of the owner, its submodules alone: with a reference to itself it would never be collected.
     nested = [layer for layer in layers if layer is not owner]
     parts = (*nested, *(part for layer in layers for part in _parts(layer)))
-    dictionaries = (owner._modules, *(held for part in parts for held in _dictionaries(part)))
+    dictionaries = (owner._modules, *(held for part in parts for held in dictionaries_of(part)))
     items = tuple(tuple(itertools.chain.from_iterable(held.items())) for held in dictionaries)
     tensors = [tensor for layer in layers for tensor in tensors_of(layer)]
-    return _Seen(dictionaries, items, parts, tuple(map(type, parts)), tensors, layers[0]._modules["bn_forget"].eps)
+    eps = layers[0]._modules["bn_forget"].eps
+    return _Seen(dictionaries, items, parts, tuple(map(type, parts)), tensors, eps, _Cast(tensors))
 
 
 def layers_of(owner: Any) -> list[Any]:
@@ -91,15 +150,20 @@ def _parts(layer: Any) -> Iterator[nn.Module]:
             yield from child.modules()
 
 
-def _dictionaries(module: nn.Module) -> Iterator[dict[Any, Any]]:
+def dictionaries_of(module: nn.Module) -> Iterator[dict[Any, Any]]:
     """What makes up a module: its attributes, and the parameters, buffers, submodules and hooks among them."""
     yield module.__dict__
     yield from (value for value in module.__dict__.values() if isinstance(value, dict))
 
 
-def _autocasts(x: Tensor) -> bool:
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     kind = x.device.type
-    return torch.is_autocast_enabled(kind) and x.dtype != torch.get_autocast_dtype(kind)
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def _cpu_cast(x: Tensor) -> torch.dtype | None:
+    """The dtype to which autocast may cast maps like x, for the operator to give the same."""
+    return torch.bfloat16 if x.device.type == "cpu" and x.dtype == torch.float32 else None
 
 
 def are_block(layers: Sequence[Any], stride: int, training: bool) -> bool:

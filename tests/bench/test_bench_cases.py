@@ -125,9 +125,12 @@ def test_our_contenders_and_eager_pass_the_operators_gate(training, dtype):
 @pytest.mark.parametrize("training", [False, True])
 def test_our_contenders_and_eager_pass_a_networks_gate(training, dtype):
     tiny = hcgnet._network("tiny", "CifarNet", (8, 12), (2, 2), lambda classes: HCGNet((8, 12), (2, 2), classes))
-    case = networks.case_of(networks.Setup(dataclasses.replace(tiny, size=8), 16, training, CPU, dtype))
+    peers = "" if training else "cast"
+    case = networks.case_of(networks.Setup(dataclasses.replace(tiny, size=8), 16, training, CPU, dtype), peers)
     gate = Gate(case)
     for contender in case.contenders:
+        if contender.name.startswith("torch.compile"):
+            continue
         runner = contender.build()
         runner.run()
         gate.check(contender, runner.results())

@@ -134,5 +134,5 @@ def test_facts_name_what_moves_a_measurement(monkeypatch):
     facts = machine.facts(CPU)
     assert facts["torch"] == torch.__version__
     assert facts["GLIBC_TUNABLES"] == "not set"
-    assert facts["pyext CPU capability"] in ("baseline", "avx2", "avx512")
+    assert facts["pyext CPU capability"] in ("baseline", "avx2", "avx512", "avx512_bf16")
     assert facts["threads"] == str(torch.get_num_threads())

@@ -212,3 +212,46 @@ def test_densenet40_trains_as_by_submodules():
     model = models.DenseNet(10, 4, 5).double()
     x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
     assert_alike(step(copy.deepcopy(model), x), plain_step(model, x))
+
+
+def is_pooled_first(module, x):
+    """Whether the convolution of a transition reads maps of a quarter of x's positions."""
+    seen = []
+    convolve = module.conv._conv_forward
+    module.conv._conv_forward = lambda maps, *rest: seen.append(maps.shape) or convolve(maps, *rest)
+    try:
+        with torch.no_grad():
+            module(x)
+    finally:
+        del module.conv._conv_forward
+    return seen[0][2:] == (x.shape[2] // 2, x.shape[3] // 2)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_a_transition_pools_before_it_convolves(layout):
+    module = accelerate(draw(_Transition(12, 6))).eval()
+    module.conv.bias = nn.Parameter(torch.randn(6, dtype=torch.float64))
+    x = image().contiguous(memory_format=layout)
+    assert is_pooled_first(module, x)
+    expected = module(x)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), expected.detach(), rtol=1e-12, atol=1e-12)
+    assert is_pooled_first(module.train(), x)
+
+
+UNPOOLED = {
+    "a hook on the convolution": lambda m: m.conv.register_forward_hook(lambda *_: None),
+    "a hook on the pool": lambda m: m.pool.register_forward_hook(lambda *_: None),
+    "another kernel": lambda m: setattr(m, "conv", nn.Conv2d(12, 6, 3, padding=1, dtype=torch.float64)),
+    "padding": lambda m: setattr(m.conv, "padding", (1, 1)),
+    "a padded pool": lambda m: setattr(m.pool, "padding", 1),
+    "a sum for an average": lambda m: setattr(m.pool, "divisor_override", 1),
+    "another pool": lambda m: setattr(m, "pool", nn.MaxPool2d(2)),
+}
+
+
+@pytest.mark.parametrize("name", UNPOOLED)
+def test_what_may_not_be_pooled_first_is_not(name):
+    module = accelerate(draw(_Transition(12, 6))).eval()
+    UNPOOLED[name](module)
+    assert not is_pooled_first(module, image())

@@ -20,11 +20,15 @@ const Sizes kSizes[] = {{3, 5, 7, 9, 2, 8, 4, 2, 3, 2, 1, true},    {1, 3, 1, 1,
 
 // The name of a result that holds a NaN; null if there is none.
 template <typename S>
-const char* run(const Sizes& s, DType dtype, bool channels_last, int64_t threads) {
+const char* run(const Sizes& s, DType dtype, bool packed, bool channels_last, int64_t threads) {
   Tensors memory;
   std::vector<const void*> tensors;
   for (int64_t m = 0; m < s.modules; ++m) {
-    for (int k = 0; k < kNumTensors; ++k) tensors.push_back(memory.drawn<S>(tensor_numel(k, s, m), 0.5, 1.5));
+    for (int k = 0; k < kNumTensors; ++k) {
+      const bool pairs = packed && is_convolution(k);
+      tensors.push_back(pairs ? static_cast<void*>(memory.drawn<BFloat16>(2 * packed_shape(k, s, m).numel(), 0.5, 1.5))
+                              : memory.drawn<S>(tensor_numel(k, s, m), 0.5, 1.5));
+    }
   }
   const std::vector<DType> dtypes(tensors.size(), dtype);
   const int64_t out_numel = s.batch * s.out_channels() * s.out_positions();
@@ -35,6 +39,7 @@ const char* run(const Sizes& s, DType dtype, bool channels_last, int64_t threads
   args.out = map_of(out, s.out_channels(), s.out_height(), s.out_width(), channels_last);
   args.tensors = tensors.data();
   args.tensor_dtypes = dtypes.data();
+  args.packed = packed;
   CallMemory call;
   PYEXT_CAPABILITY::hybrid_block_kernels.forward(args, call.host(threads));
   return Tensors::written(out, out_numel) ? nullptr : "out";
@@ -43,8 +48,9 @@ const char* run(const Sizes& s, DType dtype, bool channels_last, int64_t threads
 }  // namespace
 
 int main() {
-  pyext::sanitize::run_all("calls", kSizes, 2,
-                           [](const Sizes& s, auto zero, DType dtype, int variant, int64_t threads) {
-                             return run<decltype(zero)>(s, dtype, variant == 1, threads);
-                           });
+  const auto call = [](const Sizes& s, auto zero, DType dtype, int variant, int64_t threads) {
+    const bool packed = variant % 2 == 1 && (dtype == DType::kFloat || dtype == DType::kBFloat16);
+    return run<decltype(zero)>(s, dtype, packed, variant / 2 == 1, threads);
+  };
+  pyext::sanitize::run_all("calls", kSizes, 4, call);
 }

@@ -71,31 +71,33 @@ struct BackwardScratch {
   }
 };
 
-// Gradients of the position logits: dl = pi (d - dot), d = sum_c dc[c] x[c, p], dot = sum_p pi d.
+// Gradients of the position logits: dl = pi (d - dot), d = sum_c dc[c] x[c, p], dot = sum_p pi d. An error of dot is
+// one of every dl, and the gradients of the logits' weight add those up.
 template <typename T>
 void logit_gradients(const T* probability, T* logit, int64_t pitch) {
-  Vec<T> dot{};
-  for (int64_t p = 0; p < pitch; p += kLanes<T>) dot += load<T>(probability + p) * load<T>(logit + p);
-  const T total = sum_lanes<T>(dot);
+  const T total = sum_and_dot(logit, probability, pitch).second;
   for (int64_t p = 0; p < pitch; p += kLanes<T>) {
     store<T>(logit + p, load<T>(probability + p) * (load<T>(logit + p) - total));
   }
 }
 
-// sums[c].context[B] += sum_i dl[i] maps[c * pitch + i], the gradient of the logits' weight, of one strip.
+// sums[c].context[B] += sum_i dl[i] maps[c * pitch + i], the gradient of the logits' weight, of one strip; kBlock
+// positions at once, for accuracy: dl adds up to zero.
 template <typename T, int B>
 void add_context(const Strip<T>& strip, int64_t channels, const T* logit, int64_t count, ChannelSums<T>* sums) {
   for (int64_t i = 0; i < count; i += kLanes<T>) store<T>(strip.weights + i, load_first<T>(logit + i, count - i));
-  Vec<T> sum[4];
+  const auto add = [&](auto width, int64_t c) {
+    constexpr int kChannels = decltype(width)::value;
+    Vec<T> sum[kChannels] = {};
+    for (int64_t i = 0; i < count; i += kBlock) {
+      pool_channels<T, kChannels>(strip.maps + c * strip.pitch + i, strip.pitch, strip.weights + i,
+                                  count - i < kBlock ? count - i : kBlock, sum, i == 0, 1);
+    }
+    for (int k = 0; k < kChannels; ++k) sums[c + k].context[B] += sum[k];
+  };
   int64_t c = 0;
-  for (; c + 4 <= channels; c += 4) {
-    pool_channels<T, 4>(strip.maps + c * strip.pitch, strip.pitch, strip.weights, count, sum, true, 0);
-    for (int i = 0; i < 4; ++i) sums[c + i].context[B] += sum[i];
-  }
-  for (; c < channels; ++c) {
-    pool_channels<T, 1>(strip.maps + c * strip.pitch, strip.pitch, strip.weights, count, sum, true, 0);
-    sums[c].context[B] += sum[0];
-  }
+  for (; c + 4 <= channels; c += 4) add(std::integral_constant<int, 4>{}, c);
+  for (; c < channels; ++c) add(std::integral_constant<int, 1>{}, c);
 }
 
 // Gradients of branch B's position logits, and of their weight.

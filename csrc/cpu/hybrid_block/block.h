@@ -31,19 +31,20 @@ struct BlockScratch {
   T* strips;  // one of strip_size per thread
   int64_t strip_size;
 
-  void carve(Arena& arena, const BlockSizes& s, const Planes& planes, const Call<T>& call, int64_t threads) {
+  void carve(Arena& arena, const BlockSizes& s, int64_t planes_size, int64_t strip_lanes, const Call<T>& call,
+             int64_t threads) {
     maps = arena.take<T>((s.dense ? s.out_channels() : s.channels) * round_up<T>(s.positions()));
-    // Tiles read on behind the last plane.
-    squeezed = arena.take<T>(s.squeeze * planes.channel + kMostVectors * kLanes<T>);
+    squeezed = arena.take<T>(planes_size);
     u = arena.take<T>(s.growth * call.pitch);
     result = arena.take<T>(s.dense ? 0 : s.growth * call.pitch);
     gates.carve(arena, call);
-    strip_size = s.inputs(s.modules - 1) * kStripVectors * kLanes<T>;
+    strip_size = strip_lanes * kStripVectors * kLanes<T>;
     strips = arena.take<T>(threads * strip_size);
   }
 };
 
-template <typename S>
+// S: the map's elements. L: what lanes of the convolutions' factors hold.
+template <typename S, typename L>
 class Block {
   using T = Accumulate<S>;
 
@@ -74,6 +75,11 @@ class Block {
     return as_accumulate<T>(host_, args_.tensors[at], args_.tensor_dtypes[at], hb::tensor_numel(index, s_, module));
   }
 
+  const T* weight(int64_t module, int index) const {
+    if constexpr (L::kDepth == 1) return tensor(module, index);
+    return static_cast<const T*>(args_.tensors[module * hb::kNumTensors + index]);
+  }
+
   Norm<T> norm(int64_t module, int first, int64_t channels) const {
     const T *weight = tensor(module, first), *var = tensor(module, first + 3);
     T* scale = shared<T>(host_, channels);
@@ -84,7 +90,7 @@ class Block {
   void prepare(int64_t m) {
     Module<T>& module = *new (modules_ + m) Module<T>{};
     module.cell = {norm(m, hb::kNorm1Weight, s_.inputs(m)), norm(m, hb::kNorm2Weight, s_.squeeze),
-                   tensor(m, hb::kConv1Weight), tensor(m, hb::kConv2Weight), s_.inputs(m)};
+                   weight(m, hb::kConv1Weight), weight(m, hb::kConv2Weight), s_.inputs(m)};
     GatedExcitation& gates = module.gates_args;
     gates.sizes = s_.gates();
     gates.dtype = gates.parameter_dtype = gates.running_dtype =
@@ -99,9 +105,12 @@ class Block {
   }
 
   BlockScratch<T> carve(int64_t threads) const {
-    auto scratch = carve_scratch<BlockScratch<T>>(host_, s_, planes_, *modules_->call, threads);
+    // Tiles read on behind the last plane.
+    const int64_t planes_size = s_.groups * group_lanes<L>(s_) * planes_.channel + kMostVectors * kLanes<T>;
+    const int64_t strip_lanes = L::lanes(s_.inputs(s_.modules - 1));
+    auto scratch = carve_scratch<BlockScratch<T>>(host_, s_, planes_size, strip_lanes, *modules_->call, threads);
     // The planes' margins, and what vectors read behind the last position.
-    std::memset(scratch.squeezed, 0, (s_.squeeze * planes_.channel + kMostVectors * kLanes<T>)*sizeof(T));
+    std::memset(scratch.squeezed, 0, planes_size * sizeof(T));
     std::memset(scratch.u, 0, s_.growth * modules_->call->pitch * sizeof(T));
     return scratch;
   }
@@ -156,12 +165,11 @@ class Block {
   // A thread has groups of its own: what lies between the convolutions stays in its cache, and nobody waits for it.
   void squeeze_by_groups(const Cell<T>& cell, const Image<const T>& x, const BlockScratch<T>& scratch,
                          const Image<T>& u, int64_t threads) const {
-    const int64_t per_group = s_.squeeze / s_.groups;
     parallel(host_, threads, [&](int64_t thread) {
       const Range groups = part_of(s_.groups, threads, thread);
-      squeeze_strips(s_, cell, planes_, x, {0, strip_count<T>(s_)}, {groups.begin * per_group, groups.end * per_group},
-                     scratch.strips + thread * scratch.strip_size, scratch.squeezed);
-      convolve_groups(s_, cell, planes_, scratch.squeezed, groups, {0, s_.out_height()}, u);
+      squeeze_strips<T, L>(s_, cell, planes_, x, {0, strip_count<T>(s_)}, groups,
+                           scratch.strips + thread * scratch.strip_size, scratch.squeezed);
+      convolve_groups<T, L>(s_, cell, planes_, scratch.squeezed, groups, {0, s_.out_height()}, u);
     });
   }
 
@@ -169,12 +177,12 @@ class Block {
   void squeeze_by_positions(const Cell<T>& cell, const Image<const T>& x, const BlockScratch<T>& scratch,
                             const Image<T>& u, int64_t threads) const {
     parallel(host_, threads, [&](int64_t thread) {
-      squeeze_strips(s_, cell, planes_, x, part_of(strip_count<T>(s_), threads, thread), {0, s_.squeeze},
-                     scratch.strips + thread * scratch.strip_size, scratch.squeezed);
+      squeeze_strips<T, L>(s_, cell, planes_, x, part_of(strip_count<T>(s_), threads, thread), {0, s_.groups},
+                           scratch.strips + thread * scratch.strip_size, scratch.squeezed);
     });
     parallel(host_, threads, [&](int64_t thread) {
-      convolve_groups(s_, cell, planes_, scratch.squeezed, {0, s_.groups}, part_of(s_.out_height(), threads, thread),
-                      u);
+      convolve_groups<T, L>(s_, cell, planes_, scratch.squeezed, {0, s_.groups},
+                            part_of(s_.out_height(), threads, thread), u);
     });
   }
 

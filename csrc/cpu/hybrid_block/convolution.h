@@ -1,7 +1,8 @@
 // The two convolutions of a squeeze cell on tiles that stay in registers: Outputs channels x Vectors vectors of
-// positions. Weights are read where they are: one scalar is met by Vectors vectors.
+// positions. Weights are read where they are: one lane is met by Vectors vectors. L: what lanes hold.
 #pragma once
 
+#include "cpu/hybrid_block/lanes.h"
 #include "cpu/hybrid_block/planes.h"
 
 namespace pyext::cpu::PYEXT_CAPABILITY {
@@ -27,36 +28,36 @@ inline void with_constant(int64_t n, Work work) {
   work(std::integral_constant<int, Most>());
 }
 
-template <int Vectors, int Outputs, typename T>
+template <int Vectors, int Outputs, typename T, typename L = Numbers<T>>
 inline void add_products(const T* x, const T* weight, int64_t weight_pitch, Vec<T> (&sum)[Outputs][Vectors]) {
   Vec<T> positions[Vectors];
 #pragma GCC unroll 8
   for (int v = 0; v < Vectors; ++v) positions[v] = load_once<T>(x + v * kLanes<T>);
 #pragma GCC unroll 8
   for (int o = 0; o < Outputs; ++o) {
-    const Vec<T> factor = in_register<T>(splat<T>(weight[o * weight_pitch]));
+    const Vec<T> factor = in_register<T>(L::splat_of(weight + o * weight_pitch));
 #pragma GCC unroll 8
-    for (int v = 0; v < Vectors; ++v) sum[o][v] += factor * positions[v];
+    for (int v = 0; v < Vectors; ++v) L::add_product(sum[o][v], factor, positions[v]);
   }
 }
 
-// sum[o][v] = sum over inputs of weight[o * inputs + i] * x[i * Vectors + v].
-template <int Vectors, int Outputs, typename T>
+// sum[o][v] = sum over lanes of inputs of weight[o * inputs + i] * x[i * Vectors + v].
+template <int Vectors, int Outputs, typename T, typename L = Numbers<T>>
 inline void multiply(const T* x, const T* weight, int64_t inputs, Vec<T> (&sum)[Outputs][Vectors]) {
   for (int64_t i = 0; i < inputs; ++i) {
-    add_products<Vectors, Outputs>(x + i * Vectors * kLanes<T>, weight + i, inputs, sum);
+    add_products<Vectors, Outputs, T, L>(x + i * Vectors * kLanes<T>, weight + i, inputs, sum);
   }
 }
 
-// A tile of the 3x3 convolution of `inputs` channels from `x` on, which is moved to the tile's first position:
+// A tile of the 3x3 convolution of `inputs` lanes from `x` on, which is moved to the tile's first position:
 // to[o * Vectors * kLanes + p].
-template <int Vectors, int Outputs, typename T>
+template <int Vectors, int Outputs, typename T, typename L>
 inline void convolve(const Planes& planes, const T* x, const T* weight, int64_t inputs, T* to) {
   Vec<T> sum[Outputs][Vectors] = {};
   for (int64_t i = 0; i < inputs; ++i) {
     for (int k = 0; k < kTaps; ++k) {
-      add_products<Vectors, Outputs>(x + i * planes.channel + planes.tap[k], weight + i * kTaps + k, inputs * kTaps,
-                                     sum);
+      add_products<Vectors, Outputs, T, L>(x + i * planes.channel + planes.tap[k], weight + i * kTaps + k,
+                                           inputs * kTaps, sum);
     }
   }
 #pragma GCC unroll 8

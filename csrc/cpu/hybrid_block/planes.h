@@ -1,5 +1,6 @@
-// Where a convolution's input lies: padded planes of each channel, so that a tap is an offset and every vector of
-// positions has one address. For a stride of two there are four planes, of the even and odd rows and columns.
+// Where a convolution's input lies: padded planes of each channel (or pair of channels, where lanes hold pairs), so
+// that a tap is an offset and every vector of positions has one address. For a stride of two there are four planes, of
+// the even and odd rows and columns.
 #pragma once
 
 #include "cpu/gated_excitation/call.h"

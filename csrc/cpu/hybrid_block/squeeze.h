@@ -19,40 +19,54 @@ struct Norm {
 template <typename T>
 struct Cell {
   Norm<T> norm1, norm2;
-  const T* conv1;  // squeeze x inputs
-  const T* conv2;  // growth x (squeeze / groups) x kTaps
+  const T* conv1;  // squeeze x lanes(inputs)
+  const T* conv2;  // growth x lanes(squeeze / groups) x kTaps
   int64_t inputs;
 };
 
-// relu(BN(x)) of a strip of positions, channel by channel: to[(c * Vectors + v) * kLanes].
-template <int Vectors, typename T>
+// relu(BN(x)) of a strip of positions, lane by lane of the channels: to[(l * Vectors + v) * kLanes].
+template <int Vectors, typename T, typename L = Numbers<T>>
 inline void activate(const Cell<T>& cell, const Image<const T>& x, int64_t first, T* to) {
-  for (int64_t c = 0; c < cell.inputs; ++c) {
-    const T* from = x.row(c) + first;
+  for (int64_t l = 0; l < L::lanes(cell.inputs); ++l) {
 #pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v) {
-      store<T>(to + (c * Vectors + v) * kLanes<T>, cell.norm1.relu_of(load<T>(from + v * kLanes<T>), c));
+      Vec<T> channels[L::kDepth] = {};
+#pragma GCC unroll 2
+      for (int d = 0; d < L::kDepth; ++d) {
+        const int64_t c = l * L::kDepth + d;
+        if (L::kDepth > 1 && c == cell.inputs) break;
+        channels[d] = cell.norm1.relu_of(load<T>(x.row(c) + first + v * kLanes<T>), c);
+      }
+      store<T>(to + (l * Vectors + v) * kLanes<T>, L::joined(channels));
     }
   }
 }
 
 // Outputs channels of the 1x1 convolution from `channel` on, at the positions of a strip, through BN and ReLU into
-// planes.
-template <int Vectors, int Outputs, typename T>
+// planes, which begin at `to`.
+template <int Vectors, int Outputs, typename T, typename L>
 inline void expand(const Cell<T>& cell, const Planes& planes, const T* strip, int64_t first, int64_t count,
-                   int64_t channel, T* squeezed) {
+                   int64_t channel, T* to) {
+  constexpr int kRows = L::lanes(Outputs);
+  const int64_t lanes = L::lanes(cell.inputs);
   Vec<T> sum[Outputs][Vectors] = {};
-  multiply<Vectors, Outputs>(strip, cell.conv1 + channel * cell.inputs, cell.inputs, sum);
-  alignas(64) T map[(Outputs * Vectors + 2) * kLanes<T>];  // rows are read up to two whole vectors
+  multiply<Vectors, Outputs, T, L>(strip, cell.conv1 + channel * lanes, lanes, sum);
+  alignas(64) T map[(kRows * Vectors + 2) * kLanes<T>];  // rows are read up to two whole vectors
 #pragma GCC unroll 8
-  for (int o = 0; o < Outputs; ++o) {
+  for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v) {
-      store<T>(map + (o * Vectors + v) * kLanes<T>, cell.norm2.relu_of(sum[o][v], channel + o));
+      Vec<T> channels[L::kDepth] = {};
+#pragma GCC unroll 2
+      for (int d = 0; d < L::kDepth; ++d) {
+        const int o = r * L::kDepth + d;
+        if (o < Outputs) channels[d] = cell.norm2.relu_of(sum[o][v], channel + o);
+      }
+      store<T>(map + (r * Vectors + v) * kLanes<T>, L::joined(channels));
     }
   }
-  for (int o = 0; o < Outputs; ++o) {
-    write_planes(planes, map + o * Vectors * kLanes<T>, first, count, squeezed + (channel + o) * planes.channel);
+  for (int r = 0; r < kRows; ++r) {
+    write_planes(planes, map + r * Vectors * kLanes<T>, first, count, to + r * planes.channel);
   }
 }
 
@@ -83,31 +97,57 @@ inline int64_t strip_count(const BlockSizes& s) {
   return (s.positions() + kLength - 1) / kLength;
 }
 
-// Channels of relu(BN(1x1(relu(BN(x))))) at the positions of strips, into planes. `strip`: inputs x kStripVectors
-// vectors.
-template <typename T>
+// Lanes of the planes of one group of the 3x3 convolution.
+template <typename L>
+inline int64_t group_lanes(const BlockSizes& s) {
+  return L::lanes(s.squeeze / s.groups);
+}
+
+// Calls work(constant outputs, first channel, its lane of the planes) in tiles of the squeezed channels of groups. A
+// lane holds channels of one group, and so does a tile where lanes hold several.
+template <typename L, typename Work>
+inline void for_each_squeezed(const BlockSizes& s, Range groups, Work work) {
+  const int64_t per_group = s.squeeze / s.groups;
+  if constexpr (L::kDepth == 1) {
+    for_each_tile({groups.begin * per_group, groups.end * per_group},
+                  [&](auto outputs, int64_t channel) { work(outputs, channel, channel); });
+  } else {
+    static_assert(kTileOutputs % L::kDepth == 0);
+    for (int64_t g = groups.begin; g < groups.end; ++g) {
+      const int64_t begin = g * per_group, lane = g * group_lanes<L>(s);
+      for_each_tile({begin, begin + per_group}, [&](auto outputs, int64_t channel) {
+        work(outputs, channel, lane + (channel - begin) / L::kDepth);
+      });
+    }
+  }
+}
+
+// The channels of groups of relu(BN(1x1(relu(BN(x))))) at the positions of strips, into planes. `strip`: lanes of the
+// inputs x kStripVectors vectors.
+template <typename T, typename L>
 inline void squeeze_strips(const BlockSizes& s, const Cell<T>& cell, const Planes& planes, const Image<const T>& x,
-                           Range strips, Range channels, T* strip, T* squeezed) {
+                           Range strips, Range groups, T* strip, T* squeezed) {
   constexpr int64_t kLength = kStripVectors * kLanes<T>;
   for (int64_t first = strips.begin * kLength; first < strips.end * kLength; first += kLength) {
     const int64_t count = s.positions() - first < kLength ? s.positions() - first : kLength;
     with_constant<kStripVectors>((count + kLanes<T> - 1) / kLanes<T>, [&](auto vectors) {
       constexpr int kVectors = decltype(vectors)::value;
-      activate<kVectors>(cell, x, first, strip);
-      for_each_tile(channels, [&](auto outputs, int64_t channel) {
-        expand<kVectors, decltype(outputs)::value>(cell, planes, strip, first, count, channel, squeezed);
+      activate<kVectors, T, L>(cell, x, first, strip);
+      for_each_squeezed<L>(s, groups, [&](auto outputs, int64_t channel, int64_t lane) {
+        expand<kVectors, decltype(outputs)::value, T, L>(cell, planes, strip, first, count, channel,
+                                                         squeezed + lane * planes.channel);
       });
     });
   }
 }
 
 // Outputs channels of the 3x3 convolution from `channel` of `group` on, in rows of the result, into `u`.
-template <int Outputs, typename T>
+template <int Outputs, typename T, typename L>
 inline void convolve_channels(const BlockSizes& s, const Cell<T>& cell, const Planes& planes, const T* squeezed,
                               int64_t channel, int64_t group, Range rows, const Image<T>& u) {
   constexpr int kVectors = tile_vectors(Outputs);
   constexpr int64_t kLength = kVectors * kLanes<T>;
-  const int64_t inputs = s.squeeze / s.groups, end = (rows.end - 1) * planes.pitch + s.out_width();
+  const int64_t inputs = group_lanes<L>(s), end = (rows.end - 1) * planes.pitch + s.out_width();
   const T* x = squeezed + group * inputs * planes.channel;
   const T* weight = cell.conv2 + channel * inputs * kTaps;
   alignas(64) T tile[(Outputs * kVectors + 1) * kLanes<T>];
@@ -115,7 +155,7 @@ inline void convolve_channels(const BlockSizes& s, const Cell<T>& cell, const Pl
     const int64_t count = end - first < kLength ? end - first : kLength;
     with_constant<kVectors>((count + kLanes<T> - 1) / kLanes<T>, [&](auto vectors) {
       constexpr int kTileLength = decltype(vectors)::value * kLanes<T>;
-      convolve<decltype(vectors)::value, Outputs>(planes, x + first, weight, inputs, tile);
+      convolve<decltype(vectors)::value, Outputs, T, L>(planes, x + first, weight, inputs, tile);
       for_each_row(first, count, planes.pitch, [&](int64_t at, int64_t row, int64_t column, int64_t run) {
         const int64_t inside = s.out_width() - column < run ? s.out_width() - column : run;
         for (int o = 0; o < Outputs && inside > 0; ++o) {
@@ -127,7 +167,7 @@ inline void convolve_channels(const BlockSizes& s, const Cell<T>& cell, const Pl
 }
 
 // Groups of the 3x3 convolution, in rows of the result.
-template <typename T>
+template <typename T, typename L = Numbers<T>>
 inline void convolve_groups(const BlockSizes& s, const Cell<T>& cell, const Planes& planes, const T* squeezed,
                             Range groups, Range rows, const Image<T>& u) {
   const int64_t per_group = s.growth / s.groups, tiles = (per_group + kTileOutputs - 1) / kTileOutputs;
@@ -136,8 +176,8 @@ inline void convolve_groups(const BlockSizes& s, const Cell<T>& cell, const Plan
       // Nearly equal tiles: of nine channels five and four, since three have too few accumulators for the latency.
       const Range channels = part_of(per_group, tiles, tile);
       with_constant<kTileOutputs>(channels.end - channels.begin, [&](auto outputs) {
-        convolve_channels<decltype(outputs)::value>(s, cell, planes, squeezed, group * per_group + channels.begin,
-                                                    group, rows, u);
+        convolve_channels<decltype(outputs)::value, T, L>(s, cell, planes, squeezed, group * per_group + channels.begin,
+                                                          group, rows, u);
       });
     }
   }
