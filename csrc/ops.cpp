@@ -24,7 +24,7 @@
 
 #define HYBRID_BLOCK "(Tensor x, Tensor[] tensors, int[] extents, float eps) -> Tensor"
 
-// The numbers are those of pyext/ops/masked_conv2d.py (Geometry) and csrc/math/masked_conv2d.h.
+// The numbers are those of pyext/ops/masked_conv2d_parts.py (Geometry) and csrc/math/masked_conv2d.h.
 #define MASKED_CONV2D_INPUTS                                                                                \
   "Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor inputs, Tensor outputs, Tensor? subnets, " \
   "Tensor? gate, int[] numbers"

@@ -53,13 +53,21 @@ def no_reference(*_: object) -> str | None:
     return None
 
 
-def backends(argument: str) -> dict[str, Callable[..., str | None]]:
-    """All backends, best first, of an operator whose first argument, called `argument`, decides what can run."""
+MEASURED = ("cpu", "cuda", "triton", "reference")
+"""Backends, best first, of an operator whose kernels beat plain torch."""
+
+UNMEASURED_ON_GPUS = ("cpu", "reference", "cuda", "triton")
+"""Those of one whose kernels for GPUs have not been timed against plain torch: auto may not be slower than it."""
+
+
+def backends(argument: str, order: Sequence[str] = MEASURED) -> dict[str, Callable[..., str | None]]:
+    """All backends in `order`, best first, of an operator whose first argument, called `argument`, decides."""
 
     def judged(why: Callable[[str, Tensor], str | None]) -> Callable[..., str | None]:
         return lambda tensor, *_: why(argument, tensor)
 
-    return {"cpu": judged(no_cpu), "cuda": judged(no_cuda), "triton": judged(no_triton), "reference": no_reference}
+    found = {"cpu": judged(no_cpu), "cuda": judged(no_cuda), "triton": judged(no_triton), "reference": no_reference}
+    return {name: found[name] for name in order}
 
 
 # --- running statistics -----------------------------------------------------------------------------------------------

@@ -32,16 +32,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .tiles import MAX_BLOCK, MAX_BLOCK_FLOAT32, _activated, _block, _load, _normalised, _statistics
+
 if triton.knobs.runtime.interpret:
     from . import interpreter  # noqa: F401  (repairs loop bounds under NumPy 2.4)
 
-MIN_BLOCK = 16
-"""The least extent that `tl.dot` takes."""
-MAX_BLOCK = 64
 BLOCK_P = 64
-MAX_BLOCK_FLOAT32 = 32
 BLOCK_P_FLOAT32 = 32
-"""Without tensor cores operands take registers, which larger blocks have not got."""
 POINTWISE_C = 16
 POINTWISE_P = 128
 """Blocks of the kernels without products."""
@@ -49,11 +46,6 @@ SPLITS = 64
 """Stretches that `merge_kernel` merges at a time."""
 PROGRAMS = 2048
 """Programs that split sums aim at: some for each of the multiprocessors of a large GPU."""
-
-
-@triton.jit
-def _load(pointer, index, mask, other=0.0):
-    return tl.load(pointer + index, mask=mask, other=other).to(tl.float32)
 
 
 @triton.jit
@@ -93,27 +85,6 @@ def _tile(x, channel, mask, offset, inside, stride_c):
     """A tile [channels, positions] in float32, zeros where there is none."""
     index = channel.to(tl.int64)[:, None] * stride_c + offset[None, :]
     return _load(x, index, mask[:, None] & inside[None, :])
-
-
-@triton.jit
-def _statistics(norm, channel, mask, eps):
-    """Mean and 1 / sqrt(var + eps)."""
-    return _load(norm[2], channel, mask), 1.0 / tl.sqrt_rn(_load(norm[3], channel, mask, 1.0) + eps)
-
-
-@triton.jit
-def _normalised(x, norm, channel, mask, eps):
-    """BN of a tile [channels, positions]; 0 of what `_tile` reads outside of the channels."""
-    mean, rstd = _statistics(norm, channel, mask, eps)
-    scale = _load(norm[0], channel, mask) * rstd
-    return (x - mean[:, None]) * scale[:, None] + _load(norm[1], channel, mask)[:, None]
-
-
-@triton.jit
-def _activated(x, norm, channel, mask, eps):
-    """BN and ReLU. The comparison keeps NaN, which tl.maximum would drop."""
-    y = _normalised(x, norm, channel, mask, eps)
-    return tl.where(y < 0.0, 0.0, y)
 
 
 @triton.jit
@@ -376,12 +347,6 @@ def _convolution(x: Tensor, conv_weight: Tensor, stride: int, groups: int) -> _C
 def _taps_first(conv_weight: Tensor, dtype: torch.dtype) -> Tensor:
     """[k k, outputs, inputs of a group] in the dtype of the products: neighbours in a tile are neighbours in memory."""
     return conv_weight.to(dtype).permute(2, 3, 0, 1).contiguous()
-
-
-def _block(extent: int, dtype: torch.dtype) -> int:
-    """Rows or columns of the tile that a program adds up."""
-    most = MAX_BLOCK_FLOAT32 if dtype == torch.float32 else MAX_BLOCK
-    return min(most, max(MIN_BLOCK, triton.next_power_of_2(extent)))
 
 
 def _positions(dtype: torch.dtype) -> int:

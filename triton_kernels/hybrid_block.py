@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import gated_excitation as gates
+from .tiles import _activated, _block, _load
 
 if triton.knobs.runtime.interpret:
     from . import interpreter  # noqa: F401  (repairs loop bounds under NumPy 2.4)
@@ -22,25 +23,6 @@ if triton.knobs.runtime.interpret:
 NUM_SQUEEZE = 10
 """Tensors of the squeeze cell, which precede the gates' parameters and running statistics."""
 BLOCK_P = 64
-MIN_BLOCK = 16
-"""The least extent that `tl.dot` takes."""
-MAX_BLOCK = 64
-MAX_BLOCK_FLOAT32 = 32
-"""Without tensor cores operands take registers, which a larger block has not got."""
-
-
-@triton.jit
-def _load(pointer, index, mask, other=0.0):
-    return tl.load(pointer + index, mask=mask, other=other).to(tl.float32)
-
-
-@triton.jit
-def _normalised(x, norm, channel, mask, eps):
-    """BN and ReLU of a tile [channels, positions]. The comparison keeps NaN, which tl.maximum would drop."""
-    weight, bias, mean, var = norm
-    scale = _load(weight, channel, mask) / tl.sqrt_rn(_load(var, channel, mask, 1.0) + eps)
-    y = (x - _load(mean, channel, mask)[:, None]) * scale[:, None] + _load(bias, channel, mask)[:, None]
-    return tl.where(y < 0.0, 0.0, y)
 
 
 @triton.jit
@@ -67,12 +49,12 @@ def squeeze_kernel(
         channel = start + tl.arange(0, BLOCK_C)
         mask = channel < channels
         tile = channel.to(tl.int64)[:, None] * stride_c + place[None, :]
-        a = _normalised(_load(x, tile, mask[:, None] & inside[None, :]), norm1, channel, mask, eps)
+        a = _activated(_load(x, tile, mask[:, None] & inside[None, :]), norm1, channel, mask, eps)
         index = row.to(tl.int64)[:, None] * channels + channel[None, :]
         w = _load(conv, index, (row < squeeze)[:, None] & mask[None, :])
         element = result.dtype.element_ty
         total = tl.dot(w.to(element), a.to(element), total, input_precision="ieee")
-    y = _normalised(total, norm2, row, row < squeeze, eps)
+    y = _activated(total, norm2, row, row < squeeze, eps)
     target = (image * squeeze + row)[:, None] * positions + position[None, :]
     tl.store(result + target, y.to(result.dtype.element_ty), (row < squeeze)[:, None] & inside[None, :])
 
@@ -103,11 +85,6 @@ def grouped_kernel(
     target = (image_group * outputs + row)[:, None] * positions + position[None, :]
     mask = (row < outputs)[:, None] & (position < positions)[None, :]
     tl.store(u + target, total.to(u.dtype.element_ty), mask)
-
-
-def _block(extent: int, dtype: torch.dtype) -> int:
-    most = MAX_BLOCK_FLOAT32 if dtype == torch.float32 else MAX_BLOCK
-    return min(most, max(MIN_BLOCK, triton.next_power_of_2(extent)))
 
 
 def _squeeze_cell(x: Tensor, tensors: Sequence[Tensor], growth: int, groups: int, stride: int, eps: float) -> Tensor:

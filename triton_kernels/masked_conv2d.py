@@ -460,9 +460,12 @@ def shift_gradient_kernel(
 @triton.jit
 def _gradient_operands(
     i, of_chunk, of_dv, of_x, MIXED: tl.constexpr, POINTWISE: tl.constexpr, FLAT: tl.constexpr, INDEX: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, MET: tl.constexpr = False,
 ):  # fmt: skip
-    """Tiles [rows, positions] of dv and [columns, positions] of x: a block of positions of a chunk."""
+    """Tiles [rows, positions] of dv and [columns, positions] of x: a block of positions of a chunk.
+
+    MET: dv, too, is 0 where the tap leads out of the map.
+    """
     first, stop, order, block, blocks, positions, columns = of_chunk
     dv, dv_strides, at_offset, kept = of_dv
     x, x_strides, k_offset, present, extents, origin, step, tap_step, tap, taps_w = of_x
@@ -474,12 +477,20 @@ def _gradient_operands(
         begin, stop, block + i % blocks, order, positions, MIXED, INDEX, BLOCK_P, BLOCK_Q
     )  # fmt: skip
     exists = exists & more
+    x_place, inside = _place(p, columns, step, origin, tap, taps_w, tap_step, extents, x_strides, POINTWISE)
+    met = inside & exists
     place = p * dv_strides[3] if FLAT else p // columns * dv_strides[2] + p % columns * dv_strides[3]
     pointer = (dv + image * dv_strides[0] + place)[None, :] + at_offset[:, None]
     d = tl.load(pointer, kept[:, None] & exists[None, :], 0.0)
-    place, inside = _place(p, columns, step, origin, tap, taps_w, tap_step, extents, x_strides, POINTWISE)
-    pointer = (x + image * x_strides[0] + place)[None, :] + k_offset[:, None]
-    return d, tl.load(pointer, present[:, None] & (inside & exists)[None, :], 0.0)
+    if MET:
+        d = tl.where(met[None, :], d, 0.0)
+    pointer = (x + image * x_strides[0] + x_place)[None, :] + k_offset[:, None]
+    return d, tl.load(pointer, present[:, None] & met[None, :], 0.0)
+
+
+@triton.jit
+def _any_nan(sums):
+    return tl.max((sums != sums).to(tl.int32)) != 0
 
 
 @triton.jit
@@ -533,6 +544,15 @@ def chunk_kernel(
         else:
             d, a = _gradient_operands(i, of_chunk, of_dv, of_x, MIXED, POINTWISE, FLAT, INDEX, BLOCK_P, BLOCK_Q)
             sums = tl.dot(d, tl.trans(a), sums, input_precision=PRECISION)
+    if not POINTWISE:  # noqa: SIM102  (one is a constant of the kernel, the other is not)
+        # Times the 0 of a place outside of the map, NaN and infinity are NaN: such a tile is added up without them.
+        if _any_nan(sums):
+            sums = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+            for i in tl.range(0, steps, num_stages=1, disable_licm=True):
+                d, a = _gradient_operands(
+                    i, of_chunk, of_dv, of_x, MIXED, POINTWISE, FLAT, INDEX, BLOCK_P, BLOCK_Q, True
+                )  # fmt: skip
+                sums = tl.dot(d, tl.trans(a), sums, input_precision=PRECISION)
     partial += (chunk * (taps_h * taps_w) + tap) * num_outputs * inputs_per_group
     offset = at.to(tl.int64)[:, None] * inputs_per_group + (channel - group * inputs_per_group)[None, :]
     tl.store(partial + offset, sums, kept[:, None] & present[None, :])
@@ -564,9 +584,18 @@ def direct_chunk_kernel(
     of_dv = dv, dv_strides, at.to(INDEX) * dv_strides[1], k >= 0
     of_x = x, x_strides, k.to(INDEX) * x_strides[1], k >= 0, extents, origin, step, tap_step, tap, taps_w
     sums = tl.zeros([BLOCK_R, BLOCK_P], tl.float32)
-    for i in range(0, tl.cdiv(stop - first, BLOCK_P // BLOCK_Q).to(tl.int32) * blocks):
+    steps = tl.cdiv(stop - first, BLOCK_P // BLOCK_Q).to(tl.int32) * blocks
+    for i in range(0, steps):
         d, a = _gradient_operands(i, of_chunk, of_dv, of_x, MIXED, POINTWISE, FLAT, INDEX, BLOCK_P, BLOCK_Q)
         sums += d.to(tl.float32) * a.to(tl.float32)
+    if not POINTWISE:  # noqa: SIM102  (one is a constant of the kernel, the other is not)
+        if _any_nan(sums):  # as in `chunk_kernel`
+            sums = tl.zeros([BLOCK_R, BLOCK_P], tl.float32)
+            for i in tl.range(0, steps, num_stages=1, disable_licm=True):
+                d, a = _gradient_operands(
+                    i, of_chunk, of_dv, of_x, MIXED, POINTWISE, FLAT, INDEX, BLOCK_P, BLOCK_Q, True
+                )  # fmt: skip
+                sums += d.to(tl.float32) * a.to(tl.float32)
     partial += (chunk * (taps_h * taps_w) + tap) * num_outputs * inputs_per_group
     tl.store(partial + at.to(tl.int64) * inputs_per_group + own_input, tl.sum(sums, axis=1), k >= 0)
 
@@ -656,7 +685,7 @@ class Walk(NamedTuple):
 
     @classmethod
     def of_convolution(cls, numbers: Sequence[int]) -> Walk:
-        """That of the operator's `numbers` (`pyext.ops.masked_conv2d.Geometry`)."""
+        """That of the operator's `numbers` (`pyext.ops.masked_conv2d_parts.Geometry`)."""
         return cls((-numbers[2], -numbers[3]), (numbers[0], numbers[1]), (numbers[4], numbers[5]))
 
     def is_pointwise(self, source: Tensor, weight: Tensor, extents: Sequence[int]) -> bool:
@@ -744,6 +773,8 @@ class Blocks(NamedTuple):
     def of_weight_gradient(cls, rows: int, columns: int, dtype: torch.dtype) -> Blocks:
         options = {"AHEAD": dtype != torch.float32, "num_warps": 8, "num_stages": 2}
         if _on_tensor_cores(dtype):
+            if dtype == torch.float32:  # its tile is smaller, and a second block fits
+                options["maxnreg"] = 128
             return cls(32, {"BLOCK_R": _part(rows, 16, 128), "BLOCK_C": _part(columns, 16, 64), **options})
         sizes = {"BLOCK_R": _part(rows, 16, 32), "BLOCK_C": _part(columns, 16, 32)}
         return cls(32, {**sizes, **options, "num_warps": 4, "num_stages": 1})
@@ -1030,7 +1061,7 @@ def forward(
     """The result (N, O, H', W'), NCHW in x's dtype.
 
     Arguments as in `pyext.ops.masked_conv2d`, lists with a dimension of sub-networks, weight of any strides; `numbers`
-    is `pyext.ops.masked_conv2d.Geometry`. Numbers outside the layer count as absent channels.
+    is `pyext.ops.masked_conv2d_parts.Geometry`. Numbers outside the layer count as absent channels.
     """
     sizes = zip(x.shape[2:], weight.shape[2:], numbers[:2], numbers[2:4], numbers[4:6], strict=True)
     extents = ((n + 2 * padding - dilation * (k - 1) - 1) // stride + 1 for n, k, stride, padding, dilation in sizes)
@@ -1048,7 +1079,7 @@ def backward(
     inputs: Tensor, outputs: Tensor, subnets: Tensor | None, gate: Tensor | None, numbers: Sequence[int],
     for_x: bool, for_parameters: bool,
 ) -> Gradients:  # fmt: skip
-    """Gradients as those of `pyext.ops.masked_conv2d.backward`: x's in its dtype, NCHW, others in float32.
+    """Gradients as those of `pyext.ops.masked_conv2d_backward.backward`: x's in its dtype, NCHW, others in float32.
 
     `grad_out` has any strides, `out` is what `forward` returned.
     """

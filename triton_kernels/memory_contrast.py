@@ -1,9 +1,9 @@
 """Triton kernels and launchers of `pyext.ops.memory_contrast`, whose docstring holds the equations.
 
-One launch per bank. A program of `score_kernel` and of `gradient_kernel` reads a block of one image's gathered rows
-once and meets it with the embeddings of all other peers. Between the two, `weight_kernel` turns exponentials into
-weights in place. Partial sums are written and then added in a fixed order, so results do not change from run to run.
-All arithmetic is in float32, and sums over many partial results in float64.
+One launch per bank. A program of `score_kernel` and of `embedding_gradient_kernel` reads a block of one image's
+gathered rows once and meets it with the embeddings of all other peers. Between the two, `weight_kernel` turns
+exponentials into weights in place. Partial sums are written and then added in a fixed order, so results do not change
+from run to run. All arithmetic is in float32, and sums over many partial results in float64.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def weight_kernel(weights, normaliser, losses, images, entries, noise, epsilon, 
 
 
 @triton.jit
-def gradient_kernel(
+def embedding_gradient_kernel(
     bank, rows, weights, partial, bank_number, pitch, images, entries, features, others,
     PEERS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -167,7 +167,7 @@ def backward(
     partial = weights.new_empty((peers, others, images, splits, features))
     with torch.cuda.device_of(embeddings):
         for i, bank in enumerate(banks):
-            gradient_kernel[(images * splits,)](
+            embedding_gradient_kernel[(images * splits,)](
                 bank, rows, weights, partial[i], i, bank.stride(0), images, entries, features, others,
                 SPLIT=SPLIT, **blocks,
             )  # fmt: skip

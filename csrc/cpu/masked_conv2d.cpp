@@ -9,7 +9,7 @@
 #include <optional>
 #include <vector>
 
-#include "checks/shape.h"
+#include "checks/masked_conv2d.h"
 #include "cpu/capability.h"
 #include "cpu/host.h"
 #include "cpu/tensors.h"
@@ -17,8 +17,7 @@
 namespace pyext::cpu {
 namespace {
 
-using masked_conv2d::Activation;
-using masked_conv2d::Axis;
+using masked_conv2d::kNumbers;
 using masked_conv2d::Sizes;
 using OptionalTensor = std::optional<Tensor>;
 
@@ -30,8 +29,6 @@ const MaskedConv2dKernels& kernels() {
 #endif
 }
 
-constexpr size_t kNumbers = 8;
-
 bool is_list(const int64_t* list, int64_t longest, int64_t channels) {
   int64_t length = 0;
   for (int64_t previous = -1; length < longest && list[length] != -1; previous = list[length++]) {
@@ -40,53 +37,26 @@ bool is_list(const int64_t* list, int64_t longest, int64_t channels) {
   return length > 0 && std::all_of(list + length, list + longest, [](int64_t absent) { return absent == -1; });
 }
 
-// The arguments that both operators have, and copies of those that are not contiguous.
+// A call's arguments, and copies of those that are not contiguous.
 class Inputs {
  public:
+  // To pack the weight.
   Inputs(const Tensor& weight, const Tensor& inputs, const Tensor& outputs, int64_t groups) {
-    const std::optional<DType> dtype = dtype_of(weight.scalar_type());
-    STD_TORCH_CHECK(weight.is_cpu() && weight.dim() == 4 && weight.numel() > 0 && dtype.has_value(),
-                    "masked_conv2d: weight must be a CPU tensor (channels, inputs, k, k) of floating point numbers");
-    STD_TORCH_CHECK(groups > 0 && weight.size(0) % groups == 0, "masked_conv2d: groups is ", groups,
-                    ", expected a divisor of weight's channels");
-    STD_TORCH_CHECK(inputs.dim() == 2 && outputs.dim() == 2 && inputs.size(0) == outputs.size(0),
-                    "masked_conv2d: inputs and outputs must be lists of the same sub-networks");
-    args.dtype = args.parameter_dtype = *dtype;
-    Sizes& s = args.sizes;
-    s.subnets = inputs.size(0);
-    s.inputs = inputs.size(1);
-    s.outputs = outputs.size(1);
-    s.out_channels = weight.size(0);
-    s.group_inputs = weight.size(1);
-    s.groups = groups;
-    s.pool = 1;
-    s.rows.kernel = weight.size(2);
-    s.columns.kernel = weight.size(3);
-    args.weight = contiguous(weight).data_ptr();
-    args.inputs = list(inputs, s.group_inputs * groups, "inputs");
-    args.outputs = list(outputs, s.out_channels, "outputs");
+    args.sizes = masked_conv2d::layer_sizes(weight, inputs, outputs, groups);
+    args.dtype = args.parameter_dtype = float_type(weight, "weight");
+    set_layer(weight, inputs, outputs);
   }
 
-  void set_maps(const Tensor& x, const std::vector<int64_t>& numbers, int64_t pool) {
-    const std::optional<DType> dtype = dtype_of(x.scalar_type());
-    STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4 && dtype.has_value(),
-                    "masked_conv2d: x must be a CPU tensor (N, C, H, W) of floating point numbers");
-    args.dtype = *dtype;
+  // To run it.
+  Inputs(const Tensor& x, const Tensor& weight, const Tensor& inputs, const Tensor& outputs,
+         const std::vector<int64_t>& numbers, int64_t pool) {
+    args.sizes = masked_conv2d::sizes_of(x, weight, inputs, outputs, numbers, pool);
+    args.dtype = float_type(x, "x");
+    args.parameter_dtype = float_type(weight, "weight");
     STD_TORCH_CHECK(
         args.parameter_dtype == args.dtype || (args.parameter_dtype == DType::kFloat && args.dtype != DType::kDouble),
         "masked_conv2d: weight has another dtype than x or float32");
-    STD_TORCH_CHECK(numbers.size() == kNumbers && numbers[7] >= 0 && numbers[7] <= 2, "masked_conv2d: expected ",
-                    kNumbers, " numbers");
-    Sizes& s = args.sizes;
-    STD_TORCH_CHECK(x.size(1) == s.inputs, "masked_conv2d: x does not have the channels of inputs");
-    STD_TORCH_CHECK(numbers[6] == s.groups, "masked_conv2d: groups differ");
-    s.batch = x.size(0);
-    set_axis(s.rows, x.size(2), numbers, 0);
-    set_axis(s.columns, x.size(3), numbers, 1);
-    s.activation = static_cast<Activation>(numbers[7]);
-    s.pool = pool;
-    STD_TORCH_CHECK(pool >= 1 && pool <= 2 && s.out_height() > 0 && s.out_width() > 0, "masked_conv2d: pool is ", pool,
-                    ", expected 1, or 2 where the result has two rows and columns");
+    set_layer(weight, inputs, outputs);
     args.x = map_of(x);
   }
 
@@ -101,11 +71,9 @@ class Inputs {
 
   const int64_t* subnets(const OptionalTensor& tensor) {
     const Sizes& s = args.sizes;
-    if (!tensor.has_value()) {
-      STD_TORCH_CHECK(s.subnets == 1, "masked_conv2d: subnets is None, but the lists are of several sub-networks");
-      return nullptr;
-    }
-    const int64_t* data = integers(*tensor, Shape{1, {s.batch}}, "subnets");
+    masked_conv2d::check_subnets(tensor.has_value(), s);
+    if (!tensor.has_value()) return nullptr;
+    const int64_t* data = integers(*tensor, masked_conv2d::image_shape(s), "subnets");
     const auto inside = [&](int64_t subnet) { return subnet >= 0 && subnet < s.subnets; };
     STD_TORCH_CHECK(std::all_of(data, data + s.batch, inside), "masked_conv2d: subnets, expected numbers from 0 to ",
                     s.subnets - 1);
@@ -115,6 +83,20 @@ class Inputs {
   MaskedConv2d args{};
 
  private:
+  static DType float_type(const Tensor& tensor, const char* name) {
+    const std::optional<DType> dtype = dtype_of(tensor.scalar_type());
+    STD_TORCH_CHECK(tensor.is_cpu() && dtype.has_value(), "masked_conv2d: ", name,
+                    " must be a CPU tensor of floating point numbers");
+    return *dtype;
+  }
+
+  void set_layer(const Tensor& weight, const Tensor& inputs, const Tensor& outputs) {
+    const Sizes& s = args.sizes;
+    args.weight = contiguous(weight).data_ptr();
+    args.inputs = list(inputs, masked_conv2d::input_list_shape(s), s.group_inputs * s.groups, "inputs");
+    args.outputs = list(outputs, masked_conv2d::output_list_shape(s), s.out_channels, "outputs");
+  }
+
   const Tensor& contiguous(const Tensor& tensor) {
     if (tensor.is_contiguous()) return tensor;
     owned_.push_back(torch::stable::contiguous(tensor));
@@ -128,23 +110,14 @@ class Inputs {
     return static_cast<const int64_t*>(contiguous(tensor).data_ptr());
   }
 
-  const int64_t* list(const Tensor& tensor, int64_t channels, const char* name) {
-    const int64_t longest = tensor.size(1);
-    const int64_t* data = integers(tensor, Shape{2, {args.sizes.subnets, longest}}, name);
-    for (int64_t i = 0; i < args.sizes.subnets; ++i) {
+  const int64_t* list(const Tensor& tensor, const Shape& shape, int64_t channels, const char* name) {
+    const int64_t* data = integers(tensor, shape, name);
+    const int64_t longest = shape.extents[1];
+    for (int64_t i = 0; i < shape.extents[0]; ++i) {
       STD_TORCH_CHECK(is_list(data + i * longest, longest, channels), "masked_conv2d: ", name,
                       ", expected ascending channels below ", channels, ", then -1");
     }
     return data;
-  }
-
-  static void set_axis(Axis& axis, int64_t input, const std::vector<int64_t>& numbers, int64_t index) {
-    axis.input = input;
-    axis.stride = numbers[index];
-    axis.padding = numbers[2 + index];
-    axis.dilation = numbers[4 + index];
-    STD_TORCH_CHECK(input > 0 && axis.stride > 0 && axis.padding >= 0 && axis.dilation > 0 && axis.output() > 0,
-                    "masked_conv2d: x is smaller than the kernel, or stride, padding or dilation is out of range");
   }
 
   std::vector<Tensor> owned_;
@@ -159,14 +132,13 @@ struct Prepared {
 Prepared prepare(const Tensor& x, const Tensor& weight, const OptionalTensor& scale, const OptionalTensor& shift,
                  const Tensor& inputs, const Tensor& outputs, const OptionalTensor& subnets, const OptionalTensor& gate,
                  const std::vector<int64_t>& numbers, const OptionalTensor& packed, int64_t pool) {
-  Inputs call(weight, inputs, outputs, numbers.size() == kNumbers ? numbers[6] : 0);
-  call.set_maps(x, numbers, pool);
+  Inputs call(x, weight, inputs, outputs, numbers, pool);
   MaskedConv2d& args = call.args;
   const Sizes& s = args.sizes;
   args.image_subnets = call.subnets(subnets);
-  args.scale = call.optional(scale, Shape{1, {s.out_channels}}, "scale");
-  args.shift = call.optional(shift, Shape{1, {s.out_channels}}, "shift");
-  args.gate = call.optional(gate, Shape{2, {s.batch, s.outputs}}, "gate");
+  args.scale = call.optional(scale, masked_conv2d::channel_shape(s), "scale");
+  args.shift = call.optional(shift, masked_conv2d::channel_shape(s), "shift");
+  args.gate = call.optional(gate, masked_conv2d::gate_shape(s), "gate");
   if (packed.has_value()) {
     STD_TORCH_CHECK(packed->is_cpu() && packed->is_contiguous() &&
                         packed->scalar_type() == accumulate_type(args.dtype) &&

@@ -275,8 +275,23 @@ __global__ void __launch_bounds__(kThreads, 2) weight_gradient_kernel(const Argu
   const int first_column = static_cast<int>(tile.column_tile) * kTile;
   const int64_t all = a.images * a.out_positions();
   const int64_t first = part * stretch;
+  const int terms = static_cast<int>(all - first < stretch ? all - first : stretch);
   const Places places(first, a.out_height, a.out_width);
   const int first_output = group * a.outputs();
+  const auto gradient = [&](int o, int k) {
+    const Place at = places.at(k);
+    return to_float(a.grad_out.at(at.image)[a.grad_out.offset(first_output + o, at.y, at.x)]);
+  };
+  // Of x, that a column meets.
+  const auto place_of = [&](int column, int k) {
+    const Place at = places.at(k);
+    return Place{at.image, at.y * a.stride - kSide / 2 + column % kTaps / kSide,
+                 at.x * a.stride - kSide / 2 + column % kTaps % kSide};
+  };
+  const auto x_at = [&](int column, const Place& at) {
+    const int channel = group * a.inputs() + column / kTaps;
+    return to_float(a.x.at(at.image)[a.x.offset(channel, at.y, at.x)]);
+  };
   const Share<Order::kDepth> share;
   Norm norms[kRounds];
 #pragma unroll
@@ -285,25 +300,42 @@ __global__ void __launch_bounds__(kThreads, 2) weight_gradient_kernel(const Argu
     norms[i] = column < columns ? a.norm[group * a.inputs() + column / kTaps] : Norm{};
   }
   float sum[kQuad][kQuad];
+  bool finite = true;
   multiply<Order::kDepth, Order::kDepth>(
-      static_cast<int>(all - first < stretch ? all - first : stretch),
+      terms,
       [&](int row, int k, int) {
         const int o = tile.first_row + row;
-        const Place at = places.at(k);
         if (o >= a.outputs()) return 0.f;
-        return to_float(a.grad_out.at(at.image)[a.grad_out.offset(first_output + o, at.y, at.x)]);
+        const float g = gradient(o, k);
+        finite = finite && fabsf(g) < INFINITY;
+        return g;
       },
       [&](int side, int k, int round) {
         const int column = first_column + side;
-        const Place at = places.at(k);
-        const int y = at.y * a.stride - kSide / 2 + column % kTaps / kSide;
-        const int x = at.x * a.stride - kSide / 2 + column % kTaps % kSide;
-        if (column >= columns || !is_inside(y, x, a.height, a.width)) return 0.f;
-        const int channel = group * a.inputs() + column / kTaps;
-        return norms[round].activated(to_float(a.x.at(at.image)[a.x.offset(channel, y, x)]));
+        const Place at = place_of(column, k);
+        if (column >= columns || !is_inside(at.y, at.x, a.height, a.width)) return 0.f;
+        return norms[round].activated(x_at(column, at));
       },
       operands, sum);
   float* const to = parts + (part * a.out_channels + first_output) * columns;
+  // Times the 0 of a place outside of the map, infinity and NaN are NaN: such a tile is added up again without them.
+  if (kSide > 1 && __syncthreads_or(!finite)) {
+#pragma unroll 1
+    for (int element = threadIdx.x; element < kTile * kTile; element += kThreads) {
+      const int o = tile.first_row + element / kTile;
+      const int column = first_column + element % kTile;
+      if (o >= a.outputs() || column >= columns) continue;
+      const Norm norm = a.norm[group * a.inputs() + column / kTaps];
+      float inside = 0.f;
+#pragma unroll 1
+      for (int k = 0; k < terms; ++k) {
+        const Place at = place_of(column, k);
+        if (is_inside(at.y, at.x, a.height, a.width)) inside += gradient(o, k) * norm.activated(x_at(column, at));
+      }
+      to[int64_t{o} * columns + column] = inside;
+    }
+    return;
+  }
 #pragma unroll
   for (int i = 0; i < kQuad; ++i) {
     const int o = tile.first_row + thread_row() + i;

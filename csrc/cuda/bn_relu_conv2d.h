@@ -6,13 +6,13 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "cuda/gated_excitation.h"
+#include "cuda/tensors.h"
 #include "math/bn_relu_conv2d.h"
 
 namespace pyext::bn_relu_conv2d {
 
-using gated_excitation::Dtype;
-using gated_excitation::ImageTensor;
+using cuda::Dtype;
+using cuda::ImageTensor;
 
 // What both passes read. The convolution's weights are contiguous and of x's dtype, vectors have one float32 per
 // channel of x. `mean` and `var` are those of the mode.

@@ -12,18 +12,6 @@ namespace {
 
 using namespace pyext::cuda;
 
-Dtype dtype_of(const Tensor& x) {
-  const ScalarType type = x.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
-                  "bn_relu_conv2d: x has a dtype without a CUDA kernel, expected float32, bfloat16 or float16");
-  if (type == ScalarType::Float) return Dtype::kFloat;
-  return type == ScalarType::BFloat16 ? Dtype::kBFloat16 : Dtype::kHalf;
-}
-
-ImageTensor image_of(const Tensor& map) {
-  return {map.data_ptr(), {map.stride(0), map.stride(1), map.stride(2), map.stride(3)}};
-}
-
 Tensor in_type(const Tensor& tensor, ScalarType type) {
   const Tensor dense = packed(tensor);
   return dense.scalar_type() == type ? dense : torch::stable::to(dense, type);
@@ -51,7 +39,7 @@ class Inputs {
     mean_ = in_type(mean, ScalarType::Float);
     var_ = in_type(var, ScalarType::Float);
     const auto vector_of = [](const Tensor& tensor) { return static_cast<const float*>(tensor.data_ptr()); };
-    call.dtype = dtype_of(x);
+    call.dtype = dtype_of(x.scalar_type(), "bn_relu_conv2d", "x");
     call.x = image_of(x);
     call.norm_weight = vector_of(norm_weight_);
     call.norm_bias = vector_of(norm_bias_);
@@ -78,21 +66,17 @@ class Inputs {
   Tensor norm_weight_, norm_bias_, conv_weight_, mean_, var_;
 };
 
-Tensor bytes_like(const Tensor& x, size_t bytes) {
-  return torch::stable::new_empty(x, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
-}
-
 std::tuple<Tensor, Tensor> run_statistics(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 4, "bn_relu_conv2d: x has ", x.dim(), " dimensions, expected (N, C, H, W)");
   const Sizes s{x.size(0), x.size(1), x.size(2), x.size(3), 1, 1, 1, 1};
   STD_TORCH_CHECK(s.in_channels > 0 && s.positions() > 0,
                   "bn_relu_conv2d: x is empty, expected at least one channel and position");
-  const Dtype dtype = dtype_of(x);
+  const Dtype dtype = dtype_of(x.scalar_type(), "bn_relu_conv2d", "x");
   const DeviceGuard guard(x.get_device_index());
   const Tensor mean = torch::stable::new_empty(x, {s.in_channels}, ScalarType::Float);
   const Tensor var = torch::stable::new_empty(x, {s.in_channels}, ScalarType::Float);
   if (s.batch == 0) return {torch::stable::fill_(mean, 0), torch::stable::fill_(var, 0)};
-  const Tensor workspace = bytes_like(x, statistics_workspace_bytes(s));
+  const Tensor workspace = workspace_like(x, statistics_workspace_bytes(s));
   statistics(dtype, s, image_of(x), static_cast<float*>(mean.data_ptr()), static_cast<float*>(var.data_ptr()),
              workspace.data_ptr(), stream_of(x));
   return {mean, var};
@@ -105,7 +89,7 @@ Tensor run_forward(const Tensor& x, const Tensor& norm_weight, const Tensor& nor
   const DeviceGuard guard(x.get_device_index());
   const Tensor out = torch::stable::new_empty(x, {s.batch, s.out_channels, s.out_height(), s.out_width()});
   if (s.batch == 0) return out;
-  const Tensor workspace = bytes_like(x, forward_workspace_bytes(s));
+  const Tensor workspace = workspace_like(x, forward_workspace_bytes(s));
   forward(inputs.call, out.data_ptr(), workspace.data_ptr(), stream_of(x));
   return out;
 }
@@ -132,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(const Tensor& grad_out, 
   const auto float_of = [](const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); };
   const Gradients gradients{grad_x.data_ptr(), float_of(grad_norm_weight), float_of(grad_norm_bias),
                             float_of(grad_conv_weight)};
-  const Tensor workspace = bytes_like(x, backward_workspace_bytes(s));
+  const Tensor workspace = workspace_like(x, backward_workspace_bytes(s));
   backward(inputs.call, image_of(grad_out), gradients, workspace.data_ptr(), stream_of(x));
   return {grad_x, grad_norm_weight, grad_norm_bias, grad_conv_weight};
 }

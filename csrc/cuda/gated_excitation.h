@@ -6,17 +6,13 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda/tensors.h"
 #include "math/gated_excitation.h"
 
 namespace pyext::gated_excitation {
 
-enum class Dtype : int32_t { kFloat, kBFloat16, kHalf };
-
-// A tensor of shape (batch, channels, height, width); strides in elements.
-struct ImageTensor {
-  void* data;
-  int64_t strides[4];
-};
+using cuda::Dtype;
+using cuda::ImageTensor;
 
 // What forward and backward read. `parameter_dtype`, which `running` has too, is `dtype` or float32.
 struct Inputs {

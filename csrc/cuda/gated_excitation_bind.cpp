@@ -13,20 +13,6 @@ namespace {
 
 using namespace pyext::cuda;
 
-Dtype dtype_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::kFloat;
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    case ScalarType::Half:
-      return Dtype::kHalf;
-    default:
-      STD_TORCH_CHECK(false, "gated_excitation: ", name,
-                      " has a dtype without a CUDA kernel, expected float32, bfloat16 or float16");
-  }
-}
-
 Sizes sizes_of(const Tensor& u, const std::vector<Tensor>& parameters) {
   STD_TORCH_CHECK(u.dim() == 4, "gated_excitation: u has ", u.dim(), " dimensions, expected (N, C, H, W)");
   STD_TORCH_CHECK(parameters.size() == kNumParameters, "gated_excitation: ", parameters.size(),
@@ -36,10 +22,6 @@ Sizes sizes_of(const Tensor& u, const std::vector<Tensor>& parameters) {
   STD_TORCH_CHECK(sizes.channels > 0 && sizes.positions() > 0,
                   "gated_excitation: u is empty, expected at least one channel and position");
   return sizes;
-}
-
-ImageTensor image_of(const Tensor& tensor) {
-  return {tensor.data_ptr(), {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)}};
 }
 
 DeviceGuard guard_device_of(const Tensor& u) {
@@ -59,7 +41,7 @@ class CheckedInputs {
   CheckedInputs(const Tensor& u, const std::vector<Tensor>& parameters, const std::vector<Tensor>& running,
                 bool training, double eps)
       : u_(u) {
-    inputs.dtype = dtype_of(u, "u");
+    inputs.dtype = dtype_of(u.scalar_type(), "gated_excitation", "u");
     inputs.sizes = sizes_of(u, parameters);
     inputs.u = image_of(u);
     inputs.training = training;
@@ -70,7 +52,7 @@ class CheckedInputs {
     const ScalarType parameter_type = parameters[0].scalar_type();
     const bool mixed = !training && running[0].scalar_type() != parameter_type;
     const ScalarType kernel_type = mixed ? ScalarType::Float : parameter_type;
-    inputs.parameter_dtype = mixed ? Dtype::kFloat : dtype_of(parameters[0], "parameters[0]");
+    inputs.parameter_dtype = mixed ? Dtype::kFloat : dtype_of(parameter_type, "gated_excitation", "parameters[0]");
     for (int k = 0; k < kNumParameters; ++k) {
       inputs.parameters[k] =
           data(parameters[k], parameter_shape(k, inputs.sizes), parameter_type, kernel_type, "parameters", k);
@@ -106,10 +88,6 @@ Tensor new_floats(const Tensor& u, const std::vector<int64_t>& shape) {
   return torch::stable::new_empty(u, shape, ScalarType::Float);
 }
 
-Tensor new_workspace(const Tensor& u, size_t bytes) {
-  return torch::stable::new_empty(u, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
-}
-
 float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
 
 using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -120,13 +98,16 @@ Result run_forward(const Tensor& u, const std::vector<Tensor>& parameters, const
   const DeviceGuard guard = guard_device_of(u);
   const CheckedInputs checked(u, parameters, running, training, eps);
   const Sizes& s = checked.inputs.sizes;
-  const Tensor none = new_floats(u, {0});
-  const Tensor position = save ? new_floats(u, {s.batch, kNumBranches, s.positions()}) : none;
-  const Tensor pooled = save ? new_floats(u, {s.batch, kNumBranches, s.channels}) : none;
-  const Tensor hidden = save ? new_floats(u, {s.batch, s.hidden()}) : none;
-  const Tensor map_statistics = training ? new_floats(u, {2, s.channels}) : none;
-  const Tensor hidden_statistics = training ? new_floats(u, {2, s.hidden()}) : none;
-  const Tensor workspace = new_workspace(u, forward_workspace_bytes(checked.inputs, save));
+  // What is not needed is a tensor of its own all the same: an operator's results may not share memory.
+  const auto buffer = [&](bool needed, const std::vector<int64_t>& shape) {
+    return new_floats(u, needed ? shape : std::vector<int64_t>{0});
+  };
+  const Tensor position = buffer(save, {s.batch, kNumBranches, s.positions()});
+  const Tensor pooled = buffer(save, {s.batch, kNumBranches, s.channels});
+  const Tensor hidden = buffer(save, {s.batch, s.hidden()});
+  const Tensor map_statistics = buffer(training, {2, s.channels});
+  const Tensor hidden_statistics = buffer(training, {2, s.hidden()});
+  const Tensor workspace = workspace_like(u, forward_workspace_bytes(checked.inputs, save));
   const Saved saved{floats(position), floats(pooled), floats(hidden), floats(map_statistics),
                     floats(hidden_statistics)};
   forward(checked.inputs, save, image_of(out), saved, workspace.data_ptr(), stream_of(u));
@@ -174,7 +155,7 @@ std::tuple<Tensor, Tensor> gated_excitation_backward(const Tensor& grad_out, con
   for (int k = 0; k < kNumParameters; ++k) numel += parameter_numel(k, s);
   const Tensor grad_u = torch::stable::empty_like(u);
   const Tensor grad_parameters = new_floats(u, {numel});
-  const Tensor workspace = new_workspace(u, backward_workspace_bytes(checked.inputs));
+  const Tensor workspace = workspace_like(u, backward_workspace_bytes(checked.inputs));
   backward(checked.inputs, image_of(grad_out), saved, image_of(grad_u), floats(grad_parameters), workspace.data_ptr(),
            stream_of(u));
   return {grad_u, grad_parameters};

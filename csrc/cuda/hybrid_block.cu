@@ -13,6 +13,7 @@
 #include <string>
 #include <type_traits>
 
+#include "cuda/gated_excitation.h"
 #include "cuda/hybrid_block/cell.h"
 #include "cuda/hybrid_block/scalar.h"
 #include "cuda/hybrid_block/tensor_core.h"

@@ -6,13 +6,13 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "cuda/gated_excitation.h"
+#include "cuda/tensors.h"
 #include "math/hybrid_block.h"
 
 namespace pyext::hybrid_block {
 
-using gated_excitation::Dtype;
-using gated_excitation::ImageTensor;
+using cuda::Dtype;
+using cuda::ImageTensor;
 
 // `parameter_dtype`, which all `tensors` have, is `dtype` or float32; they are contiguous, kNumTensors of each module.
 // `x` is what a transition reads. A dense block reads `out`, whose first channels already hold its input.

@@ -12,13 +12,6 @@ namespace {
 
 using namespace pyext::cuda;
 
-Dtype dtype_of(ScalarType type) {
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
-                  "hybrid_block: x has a dtype without a CUDA kernel, expected float32, bfloat16 or float16");
-  if (type == ScalarType::Float) return Dtype::kFloat;
-  return type == ScalarType::BFloat16 ? Dtype::kBFloat16 : Dtype::kHalf;
-}
-
 // All modules' tensors in the one dtype that the kernels take: x's, or float32 where a tensor has that.
 class ModuleTensors {
  public:
@@ -51,7 +44,7 @@ Tensor run(const Tensor& x, const std::vector<Tensor>& tensors, const std::vecto
   STD_TORCH_CHECK(x.is_cuda(), "hybrid_block: x is not on a CUDA device, but another tensor is");
   const Sizes s = sizes_of(x, extents);
   check(tensors, s, eps);
-  const Dtype dtype = dtype_of(x.scalar_type());
+  const Dtype dtype = dtype_of(x.scalar_type(), "hybrid_block", "x");
   const DeviceGuard guard(x.get_device_index());
   const ModuleTensors modules(x, tensors);
   Tensor out = torch::stable::new_empty(x, {s.batch, s.out_channels(), s.out_height(), s.out_width()});
@@ -61,13 +54,12 @@ Tensor run(const Tensor& x, const std::vector<Tensor>& tensors, const std::vecto
     torch::stable::copy_(prefix, x);
   }
   const Block block{dtype,
-                    dtype_of(modules.dtype),
+                    dtype_of(modules.dtype, "hybrid_block", "tensors"),
                     s,
-                    {x.data_ptr(), {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}},
+                    image_of(x),
                     modules.data.data(),
                     static_cast<float>(eps)};
-  const Tensor workspace =
-      torch::stable::new_empty(x, {static_cast<int64_t>(workspace_bytes(block))}, ScalarType::Byte);
+  const Tensor workspace = workspace_like(x, workspace_bytes(block));
   forward(block, out.data_ptr(), workspace.data_ptr(), stream_of(x));
   return out;
 }

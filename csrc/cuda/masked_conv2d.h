@@ -6,13 +6,13 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "cuda/gated_excitation.h"
+#include "cuda/tensors.h"
 #include "math/masked_conv2d.h"
 
 namespace pyext::masked_conv2d {
 
-using gated_excitation::Dtype;
-using gated_excitation::ImageTensor;
+using cuda::Dtype;
+using cuda::ImageTensor;
 
 // What forward and backward read. `parameter_dtype`, which weight, scale, shift and gate have, is `dtype` or float32.
 // Contiguous where no strides are told; null where there are none: scale, shift, gate, subnets.

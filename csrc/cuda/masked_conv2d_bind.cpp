@@ -1,12 +1,11 @@
 // masked_conv2d on CUDA: checks, allocation, the device and its stream, registration.
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "checks/shape.h"
+#include "checks/masked_conv2d.h"
 #include "cuda/bind.h"
 #include "cuda/masked_conv2d.h"
 
@@ -15,53 +14,6 @@ namespace {
 
 using namespace pyext::cuda;
 using OptionalTensor = std::optional<Tensor>;
-
-constexpr size_t kNumbers = 8;
-
-Dtype dtype_of(const Tensor& tensor, const char* name) {
-  const ScalarType type = tensor.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
-                  "masked_conv2d: ", name, " has a dtype without a CUDA kernel, expected float32, bfloat16 or float16");
-  if (type == ScalarType::Float) return Dtype::kFloat;
-  return type == ScalarType::BFloat16 ? Dtype::kBFloat16 : Dtype::kHalf;
-}
-
-ImageTensor image_of(const Tensor& x) { return {x.data_ptr(), {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}}; }
-
-Axis axis_of(const Tensor& x, const Tensor& weight, const std::vector<int64_t>& numbers, int64_t index) {
-  const Axis axis{x.size(2 + index), weight.size(2 + index), numbers[index], numbers[2 + index], numbers[4 + index]};
-  STD_TORCH_CHECK(axis.input > 0 && axis.stride > 0 && axis.padding >= 0 && axis.dilation > 0 && axis.output() > 0,
-                  "masked_conv2d: x is smaller than the kernel, or stride, padding or dilation is out of range");
-  return axis;
-}
-
-Sizes sizes_of(const Tensor& x, const Tensor& weight, const Tensor& inputs, const Tensor& outputs,
-               const std::vector<int64_t>& numbers, int64_t pool) {
-  STD_TORCH_CHECK(x.is_cuda() && x.dim() == 4, "masked_conv2d: x must be a CUDA tensor (N, C, H, W)");
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.numel() > 0, "masked_conv2d: weight must be (channels, inputs, k, k)");
-  STD_TORCH_CHECK(numbers.size() == kNumbers && numbers[7] >= 0 && numbers[7] <= 2, "masked_conv2d: expected ",
-                  kNumbers, " numbers");
-  const int64_t groups = numbers[6];
-  STD_TORCH_CHECK(groups > 0 && weight.size(0) % groups == 0, "masked_conv2d: groups is ", groups,
-                  ", expected a divisor of weight's channels");
-  STD_TORCH_CHECK(inputs.dim() == 2 && outputs.dim() == 2 && inputs.size(0) == outputs.size(0) && inputs.numel() > 0 &&
-                      outputs.numel() > 0 && x.size(1) == inputs.size(1),
-                  "masked_conv2d: inputs and outputs must be lists of the same sub-networks, inputs with x's channels");
-  const Sizes sizes{x.size(0),
-                    inputs.size(1),
-                    outputs.size(1),
-                    inputs.size(0),
-                    axis_of(x, weight, numbers, 0),
-                    axis_of(x, weight, numbers, 1),
-                    weight.size(0),
-                    weight.size(1),
-                    groups,
-                    static_cast<Activation>(numbers[7]),
-                    pool};
-  STD_TORCH_CHECK((pool == 1 || pool == 2) && sizes.out_height() > 0 && sizes.out_width() > 0,
-                  "masked_conv2d: pool is ", pool, ", expected 1, or 2 for maps of at least 2x2");
-  return sizes;
-}
 
 // The arguments that both operators have, and copies of those that are not contiguous.
 class Call {
@@ -72,20 +24,19 @@ class Call {
       : x_(x), weight_(weight) {
     in.sizes = sizes_of(x, weight, inputs, outputs, numbers, pool);
     const Sizes& s = in.sizes;
-    in.dtype = dtype_of(x, "x");
-    in.parameter_dtype = dtype_of(weight, "weight");
+    in.dtype = dtype_of(x.scalar_type(), "masked_conv2d", "x");
+    in.parameter_dtype = dtype_of(weight.scalar_type(), "masked_conv2d", "weight");
     STD_TORCH_CHECK(on_device_of(weight, x) && (in.parameter_dtype == in.dtype || in.parameter_dtype == Dtype::kFloat),
                     "masked_conv2d: weight is on another device than x, or has another dtype than x or float32");
     in.x = image_of(x);
     in.weight = image_of(weight);
-    in.scale = parameter(scale, Shape{1, {s.out_channels}}, "scale");
-    in.shift = parameter(shift, Shape{1, {s.out_channels}}, "shift");
-    in.gate = parameter(gate, Shape{2, {s.batch, s.outputs}}, "gate");
-    in.inputs = integers(inputs, Shape{2, {s.subnets, s.inputs}}, "inputs");
-    in.outputs = integers(outputs, Shape{2, {s.subnets, s.outputs}}, "outputs");
-    STD_TORCH_CHECK(subnets.has_value() || s.subnets == 1,
-                    "masked_conv2d: subnets is None, but the lists are of several sub-networks");
-    if (subnets.has_value()) in.subnets = integers(*subnets, Shape{1, {s.batch}}, "subnets");
+    in.scale = parameter(scale, channel_shape(s), "scale");
+    in.shift = parameter(shift, channel_shape(s), "shift");
+    in.gate = parameter(gate, gate_shape(s), "gate");
+    in.inputs = integers(inputs, input_list_shape(s), "inputs");
+    in.outputs = integers(outputs, output_list_shape(s), "outputs");
+    check_subnets(subnets.has_value(), s);
+    if (subnets.has_value()) in.subnets = integers(*subnets, image_shape(s), "subnets");
   }
 
   // A map of the result's shape, contiguous.
@@ -127,10 +78,6 @@ class Call {
   std::vector<Tensor> owned_;
 };
 
-Tensor workspace(const Tensor& like, size_t bytes) {
-  return torch::stable::new_empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
-}
-
 // `packed` is the CPU kernel's.
 Tensor run_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& scale, const OptionalTensor& shift,
                    const Tensor& inputs, const Tensor& outputs, const OptionalTensor& subnets,
@@ -142,7 +89,7 @@ Tensor run_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   const Sizes& s = call.in.sizes;
   const Tensor out = torch::stable::new_empty(x, {s.batch, s.outputs, s.out_height(), s.out_width()});
   if (s.batch == 0) return out;
-  const Tensor space = workspace(x, forward_workspace_bytes(call.in));
+  const Tensor space = workspace_like(x, forward_workspace_bytes(call.in));
   forward(call.in, out.data_ptr(), space.data_ptr(), stream_of(x));
   return out;
 }
@@ -172,7 +119,7 @@ Results run_backward(const Tensor& grad_out, const Tensor& out, const Tensor& x,
                             floats(grad_gate)};
   const void* incoming = call.map(grad_out, "grad_out");
   const void* result = call.map(out, "out");
-  const Tensor space = workspace(x, backward_workspace_bytes(call.in, gradients));
+  const Tensor space = workspace_like(x, backward_workspace_bytes(call.in, gradients));
   backward(call.in, incoming, result, gradients, space.data_ptr(), stream_of(x));
   return results;
 }

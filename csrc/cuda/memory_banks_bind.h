@@ -4,7 +4,6 @@
 #include <vector>
 
 #include "cuda/bind.h"
-#include "cuda/memory_banks.h"
 
 namespace pyext::cuda {
 
@@ -17,15 +16,15 @@ inline Tensor contiguous_floats(const Tensor& tensor) {
 // Addresses and strides of the banks.
 class MemoryBanks {
  public:
-  MemoryBanks(const char* op, const std::vector<Tensor>& banks, const Tensor& embeddings) : op_(op) {
+  MemoryBanks(const char* op, const std::vector<Tensor>& banks, const Tensor& embeddings) {
     STD_TORCH_CHECK(embeddings.dim() == 3 && embeddings.is_cuda(), op,
                     ": embeddings must be a CUDA tensor of shape (peers, batch, features)");
     STD_TORCH_CHECK(!banks.empty() && static_cast<int64_t>(banks.size()) == embeddings.size(0), op, ": ", banks.size(),
                     " banks for ", embeddings.size(0), " peers in embeddings");
     features = embeddings.size(2);
     rows = banks[0].dim() == 2 ? banks[0].size(0) : 0;
-    dtype = dtype_of(banks[0]);
-    dtype_of(embeddings);
+    dtype = dtype_of(banks[0].scalar_type(), op, "banks[0]");
+    dtype_of(embeddings.scalar_type(), op, "embeddings");
     for (const Tensor& bank : banks) {
       STD_TORCH_CHECK(on_device_of(bank, embeddings) && bank.dim() == 2 && bank.size(0) == rows &&
                           bank.size(1) == features && bank.scalar_type() == banks[0].scalar_type(),
@@ -38,25 +37,9 @@ class MemoryBanks {
   }
 
   int64_t rows, features;
-  BankDtype dtype;
+  Dtype dtype;
   std::vector<void*> data;
   std::vector<int64_t> pitch;
-
- private:
-  BankDtype dtype_of(const Tensor& tensor) const {
-    switch (tensor.scalar_type()) {
-      case ScalarType::Float:
-        return BankDtype::kFloat;
-      case ScalarType::BFloat16:
-        return BankDtype::kBFloat16;
-      case ScalarType::Half:
-        return BankDtype::kHalf;
-      default:
-        STD_TORCH_CHECK(false, op_, ": a dtype without a CUDA kernel, expected float32, bfloat16 or float16");
-    }
-  }
-
-  const char* op_;
 };
 
 }  // namespace pyext::cuda

@@ -226,13 +226,13 @@ struct ForwardWorkspace {
 };
 
 template <typename F>
-void dispatch(BankDtype dtype, F work) {
+void dispatch(Dtype dtype, F work) {
   switch (dtype) {
-    case BankDtype::kFloat:
+    case Dtype::kFloat:
       return work(float{});
-    case BankDtype::kBFloat16:
+    case Dtype::kBFloat16:
       return work(__nv_bfloat16{});
-    case BankDtype::kHalf:
+    case Dtype::kHalf:
       return work(__half{});
   }
 }

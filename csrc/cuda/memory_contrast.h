@@ -6,7 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "cuda/memory_banks.h"
+#include "cuda/tensors.h"
 #include "math/memory_contrast.h"
 
 namespace pyext::memory_contrast {
@@ -14,7 +14,7 @@ namespace pyext::memory_contrast {
 // Contiguous unless said otherwise.
 struct Inputs {
   Sizes sizes;
-  cuda::BankDtype dtype;
+  cuda::Dtype dtype;
   const void* const* banks;  // host array, one address per peer
   const int64_t* pitch;      // host array, elements from one row of a bank to the next
   const float* embeddings;   // peers x batch x features

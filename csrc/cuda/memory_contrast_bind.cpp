@@ -33,10 +33,6 @@ Inputs inputs_of(const MemoryBanks& banks, const Tensor& embeddings, const Tenso
           static_cast<float>(temperature)};
 }
 
-Tensor workspace(const Tensor& like, size_t bytes) {
-  return torch::stable::new_empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
-}
-
 std::tuple<Tensor, Tensor, Tensor> run_forward(const Tensor& embeddings, const std::vector<Tensor>& bank_list,
                                                const Tensor& indices, double temperature, std::optional<bool>) {
   const MemoryBanks banks("memory_contrast", bank_list, embeddings);
@@ -49,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor> run_forward(const Tensor& embeddings, const s
   const Tensor loss = torch::stable::new_empty(v, std::vector<int64_t>{});
   const Tensor rows = torch::stable::new_empty(v, {s.batch, s.entries}, ScalarType::Int);
   const Tensor weights = torch::stable::new_empty(v, {s.peers, s.others(), s.batch, s.entries});
-  const Tensor space = workspace(v, forward_workspace_bytes(s));
+  const Tensor space = workspace_like(v, forward_workspace_bytes(s));
   forward(in, static_cast<const int64_t*>(columns.data_ptr()), static_cast<int32_t*>(rows.data_ptr()),
           static_cast<float*>(weights.data_ptr()), static_cast<float*>(loss.data_ptr()), space.data_ptr(),
           stream_of(embeddings));
@@ -70,7 +66,7 @@ Tensor run_backward(const Tensor& grad_loss, const Tensor& embeddings, const std
       on_device_of(grad_loss, embeddings) && grad_loss.numel() == 1 && grad_loss.scalar_type() == ScalarType::Float,
       "memory_contrast_backward: grad_loss must be one float32 number on the device of embeddings");
   const Tensor grad = torch::stable::new_empty(weights, {s.peers, s.batch, s.features});
-  const Tensor space = workspace(weights, backward_workspace_bytes(s));
+  const Tensor space = workspace_like(weights, backward_workspace_bytes(s));
   backward(in, static_cast<const int32_t*>(rows.data_ptr()), static_cast<const float*>(weights.data_ptr()),
            static_cast<const float*>(grad_loss.data_ptr()), static_cast<float*>(grad.data_ptr()), space.data_ptr(),
            stream_of(embeddings));

@@ -51,11 +51,11 @@ void update_banks(const Inputs& in, cudaStream_t stream) {
 
 void update(const Inputs& in, cudaStream_t stream) {
   switch (in.dtype) {
-    case BankDtype::kFloat:
+    case Dtype::kFloat:
       return update_banks<float>(in, stream);
-    case BankDtype::kBFloat16:
+    case Dtype::kBFloat16:
       return update_banks<__nv_bfloat16>(in, stream);
-    case BankDtype::kHalf:
+    case Dtype::kHalf:
       return update_banks<__half>(in, stream);
   }
 }

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "cuda/memory_banks.h"
+#include "cuda/tensors.h"
 
 namespace pyext::memory_update {
 
@@ -14,7 +14,7 @@ struct Inputs {
   int64_t batch;
   int64_t features;
   int64_t rows;  // of one bank
-  cuda::BankDtype dtype;
+  cuda::Dtype dtype;
   void* const* banks;       // host array, one address per peer
   const int64_t* pitch;     // host array, elements from one row of a bank to the next
   const float* embeddings;  // peers x batch x features, contiguous

@@ -6,14 +6,14 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "cuda/memory_banks.h"
+#include "cuda/tensors.h"
 #include "math/peer_contrast.h"
 
 namespace pyext::peer_contrast {
 
 struct Inputs {
   Sizes sizes;
-  cuda::BankDtype dtype;
+  cuda::Dtype dtype;
   const void* embeddings;     // peers x batch x features, in dtype
   int64_t peer, row, column;  // strides of embeddings, in elements
   const int64_t* labels;      // batch, contiguous

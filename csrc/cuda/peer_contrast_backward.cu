@@ -31,7 +31,7 @@ struct Factors {
       : hard(1 / in.temperature),
         soft(in.soft_temperature / in.temperature),
         batch(in.sizes.batch),
-        sixteen_bits(in.dtype != BankDtype::kFloat) {}
+        sixteen_bits(in.dtype != Dtype::kFloat) {}
 
   __device__ double of_term(const float* grad_terms, const Summary& summary, int term) const {
     if (term == kSoftVcl || term == kSoftIcl) return grad_terms[term] * soft / static_cast<double>(batch);

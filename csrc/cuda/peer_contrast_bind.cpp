@@ -12,19 +12,6 @@ namespace {
 
 using namespace pyext::cuda;
 
-BankDtype dtype_of(const Tensor& embeddings) {
-  switch (embeddings.scalar_type()) {
-    case ScalarType::Float:
-      return BankDtype::kFloat;
-    case ScalarType::BFloat16:
-      return BankDtype::kBFloat16;
-    case ScalarType::Half:
-      return BankDtype::kHalf;
-    default:
-      STD_TORCH_CHECK(false, "peer_contrast: embeddings must be float32, bfloat16 or float16 on CUDA devices");
-  }
-}
-
 // `labels` is contiguous and lives as long as what is returned.
 Inputs inputs_of(const Tensor& x, const Tensor& labels, double temperature, double soft_temperature, int64_t start,
                  int64_t stop) {
@@ -39,7 +26,7 @@ Inputs inputs_of(const Tensor& x, const Tensor& labels, double temperature, doub
   STD_TORCH_CHECK(x.size(0) < 256 && x.size(1) < kLimit && x.size(2) < kLimit,
                   "peer_contrast: too many peers, images or features");
   return {{x.size(0), x.size(1), x.size(2), start, stop},
-          dtype_of(x),
+          dtype_of(x.scalar_type(), "peer_contrast", "embeddings"),
           x.data_ptr(),
           x.stride(0),
           x.stride(1),
@@ -47,10 +34,6 @@ Inputs inputs_of(const Tensor& x, const Tensor& labels, double temperature, doub
           static_cast<const int64_t*>(labels.data_ptr()),
           temperature,
           soft_temperature};
-}
-
-Tensor workspace(const Tensor& like, size_t bytes) {
-  return torch::stable::new_empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
 }
 
 std::tuple<Tensor, Tensor> run_forward(const Tensor& embeddings, const Tensor& labels, double temperature,
@@ -61,7 +44,7 @@ std::tuple<Tensor, Tensor> run_forward(const Tensor& embeddings, const Tensor& l
   const Sizes& s = in.sizes;
   const Tensor terms = torch::stable::new_empty(embeddings, {kTerms}, ScalarType::Float);
   const Tensor normalisers = torch::stable::new_empty(embeddings, {4, s.peers, s.peers, s.batch}, ScalarType::Float);
-  const Tensor space = workspace(embeddings, forward_workspace_bytes(in));
+  const Tensor space = workspace_like(embeddings, forward_workspace_bytes(in));
   forward(in, static_cast<float*>(terms.data_ptr()), static_cast<float*>(normalisers.data_ptr()), space.data_ptr(),
           stream_of(embeddings));
   return {terms, normalisers};
@@ -81,7 +64,7 @@ Tensor run_backward(const Tensor& grad_terms, const Tensor& embeddings, const Te
                   "peer_contrast_backward: grad_terms must be four float32 numbers on the device of embeddings");
   const Tensor grads = packed(grad_terms);
   const Tensor grad = torch::stable::new_empty(embeddings, {s.peers, s.batch, s.features});
-  const Tensor space = workspace(embeddings, backward_workspace_bytes(in));
+  const Tensor space = workspace_like(embeddings, backward_workspace_bytes(in));
   backward(in, static_cast<const float*>(normalisers.data_ptr()), static_cast<const float*>(grads.data_ptr()),
            grad.data_ptr(), space.data_ptr(), stream_of(embeddings));
   return grad;

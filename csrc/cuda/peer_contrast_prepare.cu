@@ -79,13 +79,13 @@ void prepare(const Inputs& in, const Plan& plan, const Prepared& to, cudaStream_
            static_cast<const T*>(in.embeddings), in.peer, in.row, in.column, static_cast<T*>(to.panels), to.squares);
   };
   switch (in.dtype) {
-    case BankDtype::kFloat:
+    case Dtype::kFloat:
       copy(float{});
       break;
-    case BankDtype::kBFloat16:
+    case Dtype::kBFloat16:
       copy(__nv_bfloat16{});
       break;
-    case BankDtype::kHalf:
+    case Dtype::kHalf:
       copy(__half{});
       break;
   }

@@ -19,12 +19,11 @@ from torch import Tensor
 from pyext import _backend
 from pyext._operator import (
     DTYPES,
+    UNMEASURED_ON_GPUS,
     accumulate_dtype,
+    backends,
     move_running,
     no_cpu,
-    no_cuda,
-    no_reference,
-    no_triton,
     register_differentiable,
     register_triton,
     triton_kernels,
@@ -121,21 +120,7 @@ def _no_cpu(x: Tensor, conv_weight: Tensor | None = None, stride: int = 1, group
     return None
 
 
-def _no_cuda(x: Tensor, *_: object) -> str | None:
-    return no_cuda("x", x)
-
-
-def _no_triton(x: Tensor, *_: object) -> str | None:
-    return no_triton("x", x)
-
-
-# On a GPU auto takes plain torch: that the kernels there are faster than its convolutions has not been measured.
-OPERATOR = _backend.register(
-    _backend.Operator(
-        "bn_relu_conv2d",
-        {"cpu": _no_cpu, "reference": no_reference, "cuda": _no_cuda, "triton": _no_triton},
-    )
-)
+OPERATOR = _backend.register(_backend.Operator("bn_relu_conv2d", {**backends("x", UNMEASURED_ON_GPUS), "cpu": _no_cpu}))
 
 
 def bn_relu_conv2d(

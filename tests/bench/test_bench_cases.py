@@ -1,11 +1,13 @@
 """The cases themselves: what they count, and that their contenders give what the gate expects."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
 
 from bench import networks
+from bench import test_bn_relu_conv2d as convolution
 from bench import test_densenet as densenet
 from bench import test_gated_excitation as operator
 from bench import test_hcgnet as hcgnet
@@ -15,17 +17,28 @@ from bench import test_memory_contrast as memory_bank
 from bench import test_memory_update as bank_update
 from bench import test_peer_contrast as peers
 from bench import test_subnet_execution as subnets
-from bench.case import Gate
+from bench.case import Case, Contender, Gate
 from bench.peers import Subject, gradient_runner, step_runner
 from pyext.models.hcgnet import HCGNet
 
 CPU = torch.device("cpu")
 
 
+def assert_contenders_pass(case: Case) -> None:
+    """All but torch.compile, which takes long, pass the gate, before and after a run that is not looked at."""
+    gate = Gate(case)
+    for contender in case.contenders:
+        if "torch.compile" not in contender.name:
+            runner = contender.build()
+            gate.check(contender, runner.results())
+            runner.run()
+            gate.check(contender, runner.results())
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_case_has_a_name_of_its_own_and_peers_to_beat(device):
     device = torch.device(device)
-    modules = operator, block, masked, memory_bank, bank_update, peers, hcgnet, densenet, subnets
+    modules = operator, convolution, block, masked, memory_bank, bank_update, peers, hcgnet, densenet, subnets
     cases = [case for module in modules for case in module.cases(device)]
     assert len({case.name for case in cases}) == len(cases)
     for case in cases:
@@ -35,15 +48,29 @@ def test_every_case_has_a_name_of_its_own_and_peers_to_beat(device):
         assert set(case.plain) <= set(names)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_convolutions_pass_the_gate(kernel, dtype, monkeypatch):
+    monkeypatch.setattr(convolution, "BATCH", 3)
+    setup = convolution.Setup(convolution.Layer(6, 4, 8, kernel, 1, 2 if kernel == 3 else 1), CPU, dtype)
+    kinds = ["pyext cpu", "eager", "eager channels_last", *["pyext"] * (dtype == torch.float32)]
+    contenders = [Contender(kind, functools.partial(setup.build, kind), "pyext" in kind) for kind in kinds]
+    assert_contenders_pass(dataclasses.replace(convolution._case(setup), contenders=contenders))
+
+
+def test_gpu_cases_of_bn_relu_conv2d_cover_both_dtypes_and_both_backends():
+    cases = convolution.cases(torch.device("cuda"))
+    assert {case.dtype for case in cases} == {torch.float32, torch.bfloat16}
+    for case in cases:
+        assert {"pyext cuda", "pyext triton", "eager"} < {contender.name for contender in case.contenders}
+
+
 def test_masked_layers_pass_the_gate():
     setup = masked.Setup(16, 24, 5, 3, CPU)
     case = masked._case(setup)
     assert setup.work().operations == 3 * 25 * 6 * (18 * 4 + 3)
     assert setup.work().bytes == 4 * (9 * 4 * 6 + 3 * 25 * (4 + 6))
-    gate = Gate(case)
-    for contender in case.contenders:
-        if "compile" not in contender.name:
-            gate.check(contender, contender.build().results())
+    assert_contenders_pass(case)
 
 
 def test_sub_networks_of_one_batch_pass_the_gate():
@@ -67,10 +94,7 @@ def test_block_work_of_one_position():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_block_contenders_pass_the_gate(dtype):
     case = block._case(block.Setup(5, 4, 6, 2, CPU, dtype))
-    gate = Gate(case)
-    for contender in case.contenders:
-        if "compile" not in contender.name:
-            gate.check(contender, contender.build().results())
+    assert_contenders_pass(case)
 
 
 def test_operator_work_of_the_smallest_shape():
@@ -94,13 +118,7 @@ def test_network_work_is_that_of_the_paper():
 @pytest.mark.parametrize("training", [False, True])
 def test_our_contenders_and_eager_pass_the_operators_gate(training, dtype):
     case = operator._case(operator.Setup(6, 5, training, CPU, dtype))
-    gate = Gate(case)
-    for contender in case.contenders:
-        if not contender.name.startswith("torch.compile"):
-            runner = contender.build()
-            gate.check(contender, runner.results())
-            runner.run()
-            gate.check(contender, runner.results())
+    assert_contenders_pass(case)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -146,12 +164,7 @@ def test_contenders_pass_memory_contrasts_gate(monkeypatch):
     monkeypatch.setattr(memory_bank, "SAMPLES", 40)
     monkeypatch.setattr(memory_bank, "BATCH", 5)
     case = memory_bank._case(256, CPU)
-    gate = Gate(case)
-    for contender in case.contenders:
-        if not contender.name.startswith("torch.compile"):
-            runner = contender.build()
-            runner.run()
-            gate.check(contender, runner.results())
+    assert_contenders_pass(case)
 
 
 def test_densenet40_of_the_bench_is_pyexts():
@@ -173,12 +186,7 @@ def test_peer_contrast_work_is_that_of_the_definition():
 def test_contenders_pass_peer_contrasts_gate(peers_and_batch, dtype, monkeypatch):
     monkeypatch.setattr(peers, "TRUTH_ROWS", 7)
     case = peers._case(peers.Setup(*peers_and_batch, CPU, dtype))
-    gate = Gate(case)
-    for contender in case.contenders:
-        if not contender.name.startswith("torch.compile"):
-            runner = contender.build()
-            runner.run()
-            gate.check(contender, runner.results())
+    assert_contenders_pass(case)
 
 
 def test_gpu_cases_of_peer_contrast_cover_both_dtypes_and_both_backends():

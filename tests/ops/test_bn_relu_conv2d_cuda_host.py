@@ -199,6 +199,32 @@ def test_not_a_number_reaches_what_depends_on_it_alone(library, device):
     assert actual["out"].isnan().any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spoilt", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["in groups", "strided, odd extents", "pointwise, strided and in groups"])
+def test_a_gradient_that_is_no_number_reaches_what_depends_on_it_alone(library, device, name, spoilt, dtype):
+    """A tap that leads from there out of the map does not: its gradient is torch's without that place."""
+    layer = LAYERS[name]
+    inputs, states = make_layer(layer, dtype)
+    inputs["norm_bias"] += 20  # no ReLU is at rest
+    x, *parameters = inputs.values()
+    running = list(states.values())
+    grad_out = gradient_for(layer, dtype)
+    place, others = torch.zeros_like(grad_out), grad_out.clone()
+    place[1, 0, 0, 2], others[1, 0, 0, 2] = 1, 0
+    depends = plain(layer, False, place.double())(x.double(), doubled(parameters), doubled(running))[-1] != 0
+    assert depends.any()
+    assert layer.kernel == 1 or not depends[0, :, 0].any()
+
+    def without(*call) -> list[Tensor]:
+        return [plain(layer, False, others)(*call)[-1].masked_fill(depends, 0)]
+
+    grad_out[1, 0, 0, 2] = spoilt
+    actual = Run(library, device, layer, [x, *parameters], running, False, grad_out).results()["conv_weight"]
+    assert torch.equal(~actual.isfinite(), depends)
+    assert_as_exact(without, x, parameters, running, {"conv_weight": actual.masked_fill(depends, 0)})
+
+
 def test_too_large_an_image_is_refused(library):
     sizes = (ctypes.c_int64 * 8)(1, 2**15, 2**8, 2**7, 1, 1, 1, 1)
     call = Call(0, sizes, Image(torch.empty(1, 1, 1, 1)))

@@ -110,6 +110,18 @@ def triton_kernels() -> set[str]:
     return {name for name, value in found if isinstance(value, InterpretedFunction) and not name.startswith("_")}
 
 
+def test_no_two_triton_kernels_have_one_name():
+    """Launches are told apart by name, here and in the report of resources."""
+    names = [
+        name
+        for module in TRITON_MODULES
+        for name, value in vars(module).items()
+        if isinstance(value, InterpretedFunction) and value.fn.__module__ == module.__name__
+    ]
+    kernels = sorted(name for name in names if not name.startswith("_"))
+    assert kernels == sorted(triton_kernels())
+
+
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_triton_kernel_is_checked(monkeypatch, dtype):

@@ -17,7 +17,8 @@ from masked_inputs import Masked, make_masked
 from memory_device import DTYPE_CODES, pointer, set_up
 from torch import Tensor
 
-from pyext.ops.masked_conv2d import ACTIVATIONS, Geometry, reference
+from pyext.ops.masked_conv2d import reference
+from pyext.ops.masked_conv2d_parts import ACTIVATIONS, Geometry
 
 DTYPES = tuple(DTYPE_CODES)
 PARAMETERS = ("weight", "scale", "shift", "gate")

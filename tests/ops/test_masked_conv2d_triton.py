@@ -231,6 +231,27 @@ def test_not_a_number_reaches_what_depends_on_it(name):
     assert expected.isnan().any()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("name", ["groups", "depthwise", "several images in a tile", "strided, dilated, uneven"])
+def test_not_a_number_in_a_gradient_reaches_what_depends_on_it(name):
+    """A tap that leads from there out of the map does not: its gradient is what it was without."""
+    layer = replace(LAYERS[name], activation=None, gated=False)
+    tensors, lists = make_masked(layer, torch.float32)
+
+    def gradients(backend: str, *values: float) -> dict[str, Tensor]:
+        leaves = {key: x.detach().requires_grad_() for key, x in tensors.items()}
+        out = masked_conv2d(**leaves, **lists, **layer.options, backend=backend)
+        gradient = torch.full_like(out, values[0])
+        gradient[1, 0, 0, 2] = values[-1]
+        return dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), gradient), strict=True))
+
+    depends, without = gradients("reference", 0, 1), gradients("triton", 1, 0)
+    for key, actual in gradients("triton", 1, torch.nan).items():
+        assert torch.equal(actual.isnan(), depends[key] != 0), key
+        assert torch.equal(actual.nan_to_num(0), without[key].masked_fill(depends[key] != 0, 0)), key
+    assert not depends["weight"][0, :, 0].any()
+
+
 @pytest.mark.parametrize("name", ["mixed, one image in a tile", "mixed groups"])
 def test_a_gradient_does_not_depend_on_which_others_are_asked_for(name):
     layer = LAYERS[name]

@@ -2,8 +2,6 @@
 // where an element of a result was not written. Their numbers are the operator tests' concern.
 #include "cpu/bn_relu_conv2d.h"
 
-#include <cstdio>
-
 #include "cpu/vector.h"
 #include "tensors.h"
 
@@ -12,18 +10,13 @@ namespace {
 using namespace pyext::cpu;
 using namespace pyext::bn_relu_conv2d;
 using pyext::sanitize::CallMemory;
+using pyext::sanitize::map_of;
 using pyext::sanitize::Tensors;
 
 const Sizes kSizes[] = {{3, 13, 7, 9, 11, 1, 1, 1},  {1, 3, 1, 1, 2, 1, 1, 1},    {2, 7, 1, 75, 70, 1, 1, 1},
                         {5, 24, 8, 8, 20, 1, 1, 1},  {0, 3, 4, 4, 2, 1, 1, 1},    {3, 8, 7, 9, 6, 2, 3, 1},
                         {2, 12, 16, 16, 9, 3, 3, 1}, {2, 6, 1, 1, 4, 1, 3, 1},    {2, 5, 20, 21, 7, 1, 3, 2},
                         {3, 4, 1, 70, 3, 1, 3, 2},   {2, 14, 16, 16, 8, 2, 3, 2}, {0, 3, 4, 4, 2, 1, 3, 2}};
-
-Map map_of(void* data, int64_t channels, int64_t height, int64_t width, bool channels_last) {
-  const int64_t positions = height * width;
-  if (channels_last) return {data, {channels * positions, 1, channels * width, channels}};
-  return {data, {channels * positions, positions, width, 1}};
-}
 
 template <typename S>
 class Call {
@@ -79,26 +72,11 @@ class Call {
   S *out_, *grad_x_;
 };
 
-template <typename S>
-int run_dtype(DType dtype, const char* name) {
-  int calls = 0;
-  for (const Sizes& sizes : kSizes) {
-    for (const bool channels_last : {false, true}) {
-      for (const int64_t threads : {1, 3}) {
-        if (const char* unwritten = Call<S>(sizes, dtype, channels_last).run(threads)) {
-          std::printf("%s: %s has an element that nobody wrote\n", name, unwritten);
-          std::exit(1);
-        }
-        ++calls;
-      }
-    }
-  }
-  return calls;
-}
-
 }  // namespace
 
 int main() {
-  pyext::sanitize::run_each_dtype(
-      "calls", [](auto zero, DType dtype, const char* name) { return run_dtype<decltype(zero)>(dtype, name); });
+  pyext::sanitize::run_all("calls", kSizes, 2,
+                           [](const Sizes& s, auto zero, DType dtype, int variant, int64_t threads) {
+                             return Call<decltype(zero)>(s, dtype, variant == 1).run(threads);
+                           });
 }

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <random>
 #include <vector>
 
@@ -49,11 +50,36 @@ class Tensors {
   std::vector<Memory> memory_;
 };
 
-// Prints how many calls run(S{}, dtype, its name) has made with each dtype together.
-template <typename F>
-void run_each_dtype(const char* calls, F run) {
-  const int count = run(float{}, cpu::DType::kFloat, "float") + run(double{}, cpu::DType::kDouble, "double") +
-                    run(BFloat16{}, cpu::DType::kBFloat16, "bfloat16") + run(Half{}, cpu::DType::kHalf, "half");
+// A map of `channels`, each `height` x `width`, without gaps.
+inline cpu::Map map_of(void* data, int64_t channels, int64_t height, int64_t width, bool channels_last) {
+  const int64_t positions = height * width;
+  if (channels_last) return {data, {channels * positions, 1, channels * width, channels}};
+  return {data, {channels * positions, positions, width, 1}};
+}
+
+// Runs call(size, zero of a dtype, the dtype, variant, threads) for each of `sizes`, each dtype, variants from 0 to
+// `variants` - 1 and one or several threads, and prints how many `calls` those are. What a call gives is null or the
+// name of a result with an element that nobody wrote, which ends the program.
+template <typename Size, size_t kSizes, typename Call>
+void run_all(const char* calls, const Size (&sizes)[kSizes], int variants, Call call) {
+  int count = 0;
+  const auto run = [&](auto zero, cpu::DType dtype, const char* name) {
+    for (const Size& size : sizes) {
+      for (int variant = 0; variant < variants; ++variant) {
+        for (const int64_t threads : {1, 3}) {
+          if (const char* unwritten = call(size, zero, dtype, variant, threads)) {
+            std::printf("%s: %s has an element that nobody wrote\n", name, unwritten);
+            std::exit(1);
+          }
+          ++count;
+        }
+      }
+    }
+  };
+  run(float{}, cpu::DType::kFloat, "float");
+  run(double{}, cpu::DType::kDouble, "double");
+  run(BFloat16{}, cpu::DType::kBFloat16, "bfloat16");
+  run(Half{}, cpu::DType::kHalf, "half");
   std::printf("%d %s\n", count, calls);
 }
 

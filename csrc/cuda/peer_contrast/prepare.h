@@ -64,7 +64,7 @@ struct Exponents {
   }
 };
 
-inline size_t element_bytes(const Inputs& in) { return in.dtype == BankDtype::kFloat ? 4 : 2; }
+inline size_t element_bytes(const Inputs& in) { return in.dtype == Dtype::kFloat ? 4 : 2; }
 
 // Calls work with a zero of the dtype and an integral constant of the number of peers of a group.
 template <typename F>
@@ -80,11 +80,11 @@ void dispatch(const Inputs& in, const Plan& plan, F work) {
     }
   };
   switch (in.dtype) {
-    case BankDtype::kFloat:
+    case Dtype::kFloat:
       return with_peers(float{});
-    case BankDtype::kBFloat16:
+    case Dtype::kBFloat16:
       return with_peers(__nv_bfloat16{});
-    case BankDtype::kHalf:
+    case Dtype::kHalf:
       return with_peers(__half{});
   }
 }
