@@ -142,6 +142,8 @@ def plan(model: nn.Module, input_shape: tuple[int, ...]) -> Plan:
             tracer = _Tracer()
             with torch.enable_grad():  # without, modules may choose their form by the device of the images
                 graph = tracer.trace(model)
+            for node in graph.nodes:
+                node.type = None  # annotations that are strings would keep the module from being pickled
             traced = fx.GraphModule(tracer.root, graph, type(model).__name__)
         except Exception as error:  # a network's own code runs under the tracer, so anything can be raised
             name = type(model).__name__

@@ -241,6 +241,16 @@ def test_state_dict_is_the_networks_and_a_copy_is_independent():
     assert not torch.equal(other(x), expected)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_materialised_module_is_saved_and_loaded(name):
+    model, shape, atlas = case(name)
+    small, file = reconstruct(model, atlas, [1, 2], keep=0.5).materialize(), io.BytesIO()
+    torch.save(small, file)
+    file.seek(0)
+    x = torch.randn(2, *shape, dtype=torch.float64)
+    assert torch.equal(torch.load(file, weights_only=False)(x), small(x))
+
+
 @pytest.mark.parametrize("name", ["mixed", "resnet8", "mobilenet_v2", "hcgnet"])
 def test_materialised_module_is_exported_to_onnx(name):
     model, shape = network(name)
