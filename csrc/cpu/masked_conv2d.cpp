@@ -43,6 +43,8 @@ bool is_list(const int64_t* list, int64_t longest, int64_t channels) {
 // The arguments that both operators have, and copies of those that are not contiguous.
 class Inputs {
  public:
+  Inputs() = default;
+
   Inputs(const Tensor& weight, const Tensor& inputs, const Tensor& outputs, int64_t groups) {
     const std::optional<DType> dtype = dtype_of(weight.scalar_type());
     STD_TORCH_CHECK(weight.is_cpu() && weight.dim() == 4 && weight.numel() > 0 && dtype.has_value(),
@@ -67,11 +69,17 @@ class Inputs {
     args.outputs = list(outputs, s.out_channels, "outputs");
   }
 
-  void set_maps(const Tensor& x, const std::vector<int64_t>& numbers, int64_t pool) {
+  void set_map(const Tensor& x) {
     const std::optional<DType> dtype = dtype_of(x.scalar_type());
     STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4 && dtype.has_value(),
                     "masked_conv2d: x must be a CPU tensor (N, C, H, W) of floating point numbers");
     args.dtype = *dtype;
+    args.sizes.batch = x.size(0);
+    args.x = map_of(x);
+  }
+
+  void set_maps(const Tensor& x, const std::vector<int64_t>& numbers, int64_t pool) {
+    set_map(x);
     STD_TORCH_CHECK(
         args.parameter_dtype == args.dtype || (args.parameter_dtype == DType::kFloat && args.dtype != DType::kDouble),
         "masked_conv2d: weight has another dtype than x or float32");
@@ -80,14 +88,12 @@ class Inputs {
     Sizes& s = args.sizes;
     STD_TORCH_CHECK(x.size(1) == s.inputs, "masked_conv2d: x does not have the channels of inputs");
     STD_TORCH_CHECK(numbers[6] == s.groups, "masked_conv2d: groups differ");
-    s.batch = x.size(0);
     set_axis(s.rows, x.size(2), numbers, 0);
     set_axis(s.columns, x.size(3), numbers, 1);
     s.activation = static_cast<Activation>(numbers[7]);
     s.pool = pool;
     STD_TORCH_CHECK(pool >= 1 && pool <= 2 && s.out_height() > 0 && s.out_width() > 0, "masked_conv2d: pool is ", pool,
                     ", expected 1, or 2 where the result has two rows and columns");
-    args.x = map_of(x);
   }
 
   // Of the weight's dtype.
@@ -184,14 +190,28 @@ Tensor forward(const Tensor& x, const Tensor& weight, const OptionalTensor& scal
                const std::vector<int64_t>& numbers, const OptionalTensor& packed, int64_t pool) {
   const Prepared call = prepare(x, weight, scale, shift, inputs, outputs, subnets, gate, numbers, packed, pool);
   CallMemory memory;
-  if (x.size(0) > 0) kernels().forward(call.inputs.args, memory.host());
+  if (x.size(0) > 0) kernels().forward(&call.inputs.args, 1, memory.host());
   return call.out;
 }
 
+// The mean of each channel of x: (N, C, 1, 1).
+Prepared prepare_mean(const Tensor& x) {
+  Inputs call;
+  call.set_map(x);
+  MaskedConv2d& args = call.args;
+  args.sizes.inputs = args.sizes.outputs = x.size(1);
+  args.sizes.rows.input = x.size(2);
+  args.sizes.columns.input = x.size(3);
+  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1), 1, 1});
+  args.out = map_of(out);
+  return {std::move(call), std::move(out)};
+}
+
 // Layers one after another, each with six tensors, of which an empty scale or shift stands for none, and its numbers
-// and pool. One call for all: at batch size 1 a layer takes less time than its call, and less than threads take to
-// meet.
-Tensor chain(const Tensor& x, const std::vector<Tensor>& tensors, const std::vector<int64_t>& numbers) {
+// and pool; an empty weight stands for the mean over positions. One call for all: at batch size 1 a layer takes less
+// time than its call, and less than threads take to meet.
+Tensor chain(const Tensor& x, const std::vector<Tensor>& tensors, const std::vector<int64_t>& numbers,
+             const OptionalTensor& subnets) {
   constexpr size_t kTensors = 6;
   const size_t layers = tensors.size() / kTensors;
   STD_TORCH_CHECK(layers > 0 && tensors.size() % kTensors == 0 && numbers.size() == layers * (kNumbers + 1),
@@ -200,25 +220,29 @@ Tensor chain(const Tensor& x, const std::vector<Tensor>& tensors, const std::vec
     return tensor.numel() > 0 ? OptionalTensor(tensor) : OptionalTensor();
   };
   std::vector<Prepared> calls;
+  std::vector<MaskedConv2d> args;
   for (size_t layer = 0; layer < layers; ++layer) {
     const Tensor* own = &tensors[layer * kTensors];
     const auto first = numbers.begin() + layer * (kNumbers + 1);
-    calls.push_back(prepare(layer == 0 ? x : calls.back().out, own[0], optional(own[1]), optional(own[2]), own[3],
-                            own[4], std::nullopt, std::nullopt, {first, first + kNumbers}, own[5], first[kNumbers]));
+    const Tensor& from = layer == 0 ? x : calls.back().out;
+    calls.push_back(own[0].numel() == 0
+                        ? prepare_mean(from)
+                        : prepare(from, own[0], optional(own[1]), optional(own[2]), own[3], own[4], subnets,
+                                  std::nullopt, {first, first + kNumbers}, own[5], first[kNumbers]));
+    args.push_back(calls.back().inputs.args);
   }
-  if (x.size(0) == 0) return calls.back().out;
+  const Tensor out = calls.back().out;
+  if (x.size(0) == 0) return out;
   CallMemory memory;
   const Host host = memory.host();
-  const auto run = [&] {
-    for (const Prepared& call : calls) kernels().forward(call.inputs.args, host);
-  };
+  const auto run = [&] { kernels().forward(args.data(), layers, host); };
   // Fewer images than threads: several regions for every layer.
   if (x.size(0) < host.threads) {
     memory.with_team(run);
   } else {
     run();
   }
-  return calls.back().out;
+  return out;
 }
 
 Tensor pack(const Tensor& weight, const Tensor& inputs, const Tensor& outputs, int64_t groups) {

@@ -37,6 +37,8 @@ _OPS = torch.ops.pyext
 
 ACTIVATIONS = (None, "relu", "relu6")
 """In the order in which kernels number them."""
+CHAIN_TENSORS, CHAIN_NUMBERS = 6, 9
+"""Of each layer of `masked_conv2d_chain`."""
 
 
 @dataclass(frozen=True)
@@ -412,33 +414,31 @@ class PreparedConv2d:
 
 @dataclass(frozen=True)
 class PreparedChain:
-    """Prepared convolutions, each reading the result of the one before, as one call of an operator."""
+    """Prepared convolutions and means over positions, each reading the result of the one before, as one call."""
 
     tensors: list[Tensor]
     numbers: list[int]
 
     @staticmethod
-    def of(layers: Sequence[PreparedConv2d]) -> PreparedChain:
-        """The convolutions in their order."""
+    def of(layers: Sequence[PreparedConv2d | None]) -> PreparedChain:
+        """The convolutions in their order; None is the mean over positions, which gives maps of 1x1."""
+        tensors: list[Tensor] = []
+        numbers: list[int] = []
         none = torch.empty(0)
-        tensors = [
-            t
-            for own in layers
-            for t in (
-                own.weight,
-                none if own.scale is None else own.scale,
-                none if own.shift is None else own.shift,
-                own.inputs,
-                own.outputs,
-                own.packed,
-            )
-        ]
-        return PreparedChain(tensors, [n for own in layers for n in (*own.numbers, own.pool)])
+        for own in layers:
+            if own is None:
+                tensors += [none] * CHAIN_TENSORS
+                numbers += [0] * CHAIN_NUMBERS
+                continue
+            tensors += own.weight, *(none if t is None else t for t in (own.scale, own.shift))
+            tensors += own.inputs, own.outputs, own.packed
+            numbers += *own.numbers, own.pool
+        return PreparedChain(tensors, numbers)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """The last one's result for x."""
+    def __call__(self, x: Tensor, subnets: Tensor | None = None) -> Tensor:
+        """The last one's result for x (N, C, H, W); `subnets` as in `masked_conv2d`."""
         with _C._AutoDispatchBelowAutograd():
-            return _OPS.masked_conv2d_chain.default(x, self.tensors, self.numbers)
+            return _OPS.masked_conv2d_chain.default(x, self.tensors, self.numbers, subnets)
 
 
 def _differentiated(*tensors: Tensor | None) -> bool:
@@ -640,12 +640,15 @@ def _fake_backward(
     return like(x, for_x, x.dtype), like(weight), like(scale), like(shift), like(gate, True)
 
 
-def _fake_chain(x, tensors, numbers):
-    for layer in range(len(tensors) // 6):
-        weight, scale, shift, inputs, outputs, _ = tensors[6 * layer : 6 * layer + 6]
-        *own, pool = numbers[9 * layer : 9 * layer + 9]
+def _fake_chain(x, tensors, numbers, subnets=None):
+    for layer in range(len(tensors) // CHAIN_TENSORS):
+        weight, scale, shift, inputs, outputs, _ = tensors[CHAIN_TENSORS * layer : CHAIN_TENSORS * (layer + 1)]
+        *own, pool = numbers[CHAIN_NUMBERS * layer : CHAIN_NUMBERS * (layer + 1)]
+        if not weight.numel():
+            x = x.new_empty(*x.shape[:2], 1, 1)
+            continue
         scale, shift = (tensor if tensor.numel() else None for tensor in (scale, shift))
-        x = _fake(x, weight, scale, shift, inputs, outputs, None, None, own, None, pool)
+        x = _fake(x, weight, scale, shift, inputs, outputs, subnets, None, own, None, pool)
     return x
 
 

@@ -11,7 +11,7 @@ import copy
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from pyext._backend import requested
 from pyext._C import unchanged
 from pyext.nn.hooks import has_forward_hooks
-from pyext.nn.masked import split_padding
+from pyext.nn.masked import autocast, split_padding
 from pyext.ops.masked_conv2d import (
     ACTIVATIONS,
     OPERATOR,
@@ -35,11 +35,13 @@ from pyext.ops.masked_conv2d import (
 from pyext.subnet.graph import (
     LAYERS,
     NORMS,
+    Layer,
     Norm,
     Plan,
     calls,
     channel_padding,
     is_concatenation,
+    is_mean,
     is_padding,
     is_reshape,
     only_user,
@@ -84,6 +86,33 @@ class Program:
         return Program(steps, unused)
 
 
+class Looked(NamedTuple):
+    """What the layers of a network hold, and what follows from it.
+
+    To ask every layer anew takes a tenth of a small sub-network's time, to see that nothing has changed a hundredth.
+    """
+
+    dictionaries: tuple[dict[str, Any], ...]
+    items: tuple[tuple[Any, ...], ...]
+    tensors: list[Tensor] | None
+    """Parameters and buffers; None where they do not tell whether their values change."""
+    training: bool
+    """Whether a batch norm takes the statistics of the batch."""
+    tracked: bool
+    """Whether every batch norm has running statistics."""
+
+    @staticmethod
+    def at(layers: Sequence[Layer]) -> Looked:
+        """The layers as they are."""
+        dictionaries = [d for m in layers for d in (m.__dict__, m._parameters, m._buffers)]
+        items = tuple(tuple(itertools.chain.from_iterable(d.items())) for d in dictionaries)
+        held = [t for m in layers for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+        versioned = not any(tensor.is_inference() for tensor in held)
+        norms = [m for m in layers if isinstance(m, NORMS)]
+        training, tracked = any(m.training for m in norms), all(m.running_mean is not None for m in norms)
+        return Looked(tuple(dictionaries), items, held if versioned else None, training, tracked)
+
+
 class Recipe:
     """What running sub-networks of one plan takes, whatever their channels: steps, layers, and whether those changed.
 
@@ -104,31 +133,30 @@ class Recipe:
         self.operations = {step.node.name: _operation(step.node, self.modules[step.node.name]) for step in plain}
         numbers: dict[bytes, int] = {}
         self.lists = {name: numbers.setdefault(ids.tobytes(), len(numbers)) for name, ids in plan.channels.items()}
-        self.norms = [layer for _, layer in plan.layers() if isinstance(layer, NORMS)]
         self._layers = [layer for _, layer in plan.layers()]
-        self._seen: tuple[Any, ...] | None = None
+        self._looked: Looked | None = None
         self._versions: list[tuple[int, int]] = []
         self._count = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Recipe:
         return Recipe(copy.deepcopy(self.plan, memo))
 
+    def look(self) -> Looked:
+        """What the layers hold now."""
+        if torch.compiler.is_compiling():
+            return Looked.at(self._layers)
+        if self._looked is None or not unchanged(self._looked.dictionaries, self._looked.items):
+            self._looked, self._versions = Looked.at(self._layers), []
+        return self._looked
+
     def stamp(self) -> int | None:
         """See the class."""
         if torch.compiler.is_compiling():
             return None
-        if self._seen is None or not unchanged(*self._seen[:2]):
-            dictionaries = [d for m in self._layers for d in (m.__dict__, m._parameters, m._buffers)]
-            items = tuple(tuple(itertools.chain.from_iterable(d.items())) for d in dictionaries)
-            tensors = [
-                t for m in self._layers for t in (*m._parameters.values(), *m._buffers.values()) if t is not None
-            ]
-            known = not any(tensor.is_inference() for tensor in tensors)  # those have no version
-            self._seen = tuple(dictionaries), items, tensors, known
-            self._versions = []
-        if not self._seen[3]:
+        tensors = self.look().tensors
+        if tensors is None:
             return None
-        versions = [(tensor._version, tensor.data_ptr()) for tensor in self._seen[2]]
+        versions = [(tensor._version, tensor.data_ptr()) for tensor in tensors]
         if versions != self._versions:
             self._versions, self._count = versions, self._count + 1
         return self._count
@@ -190,21 +218,47 @@ def _is_hooked(plan: Plan, node: fx.Node) -> bool:
 
 
 def _chained(plan: Plan, steps: list[Step]) -> list[tuple[Step, ...]]:
-    """Convolutions that each are the only reader of the one before, together."""
+    """Steps of one chain together: convolutions, the mean over positions behind them and a linear layer on that, each
+    the only reader of the one before."""
     found: list[tuple[Step, ...]] = []
+    kinds = {step.node: _kind(plan, step) for step in steps}
     for step in steps:
         last = found[-1][-1] if found else None
-        both = last is not None and all(_takes_part(plan, one) for one in (last, step))
-        if last is not None and both and only_user(last.value) is step.node:
+        follows = last is not None and only_user(last.value) is step.node
+        if last is not None and follows and kinds[step.node] in _FOLLOWS[kinds[last.node]]:
             found[-1] += (step,)
         else:
             found.append((step,))
     return found
 
 
-def _takes_part(plan: Plan, step: Step) -> bool:
+_FOLLOWS: dict[str | None, tuple[str, ...]] = {
+    "convolution": ("convolution", "mean"),
+    "mean": ("flattening", "linear"),
+    "flattening": ("linear",),
+    "linear": (),
+    None: (),
+}
+"""What may come next in a chain. A flattening is there behind a mean alone: as in the mean, a map is one number."""
+
+
+def _kind(plan: Plan, step: Step) -> str | None:
+    """What `step` is in a chain."""
     layer = plan.submodule(step.node)
-    return isinstance(layer, nn.Conv2d) and not any(split_padding(layer)[0])
+    if isinstance(layer, nn.Conv2d):
+        return None if any(split_padding(layer)[0]) else "convolution"
+    if isinstance(layer, nn.Linear):
+        return "linear"
+    if _is_hooked(plan, step.node):
+        return None
+    if is_mean(plan, step.node):
+        return "mean"
+    return "flattening" if flattens(plan, step.node) else None
+
+
+def flattens(plan: Plan, node: fx.Node) -> bool:
+    """Whether `node` makes features of maps."""
+    return is_reshape(node) or isinstance(plan.submodule(node), nn.Flatten)
 
 
 def _operation(node: fx.Node, module: nn.Module | None) -> Callable[[dict[str, Any]], Any]:
@@ -308,13 +362,12 @@ class Compact:
 
     def run(self, x: Tensor, subnets: Tensor | None = None) -> Tensor:
         """The logits of images x (N, C, H, W); `subnets` int64 (N,) gives each image's sub-network, if several."""
-        recipe = self.recipe
-        training = any(norm.training for norm in recipe.norms)
-        if subnets is not None and training:
+        recipe, looked = self.recipe, self.recipe.look()
+        if subnets is not None and looked.training:
             raise ValueError("task: images of several sub-networks have no batch statistics in common: call eval()")
-        fused = not training and all(norm.running_mean is not None for norm in recipe.norms)
+        fused = not looked.training and looked.tracked
         run = _Run(self, subnets, x, self._keeps())
-        chains = fused and run.prepared and not run.dense and subnets is None
+        chains = fused and run.prepared and not run.dense
         program = recipe.programs["chained" if chains else "fused" if fused else "plain"]
         if run.dense:
             x = x.contiguous(memory_format=torch.channels_last)
@@ -406,12 +459,16 @@ class _Run:
         return result
 
     def chain(self, steps: tuple[Step, ...], values: dict[str, Any]) -> Tensor:
-        """The value of the last of several convolutions."""
+        """The value of the last of several steps that follow one another."""
 
         def make(_: Step) -> PreparedChain:
-            return PreparedChain.of([self._prepared(step) for step in steps])
+            links = [step for step in steps if not flattens(self.compact.plan, step.node)]
+            return PreparedChain.of([self._link(step) for step in links])
 
-        return self.compact.gathered(steps[0], PreparedChain, make)(values[steps[0].source])
+        x = autocast(values[steps[0].source])
+        result = self.compact.gathered(steps[0], PreparedChain, make)(x, self.subnets)
+        whole = self.compact.plan.shapes[steps[-1].value.name]
+        return result if len(whole) == result.dim() - 1 else result.flatten(1)
 
     def _joined(self, node: fx.Node, selection: int) -> np.ndarray:
         """Where the channels of a sub-network stand in a concatenation of tensors that have room for any's."""
@@ -436,6 +493,7 @@ class _Run:
         before, padding = split_padding(conv)
         if any(before):
             x = F.pad(x, before)
+        x = autocast(x)
         if self.prepared:
             return self.compact.gathered(step, PreparedConv2d, self._prepared)(x, self.subnets)
         norm = None if step.norm is None else self.recipe.modules[step.norm.name]
@@ -478,6 +536,18 @@ class _Run:
         packed = pack_masked_conv2d(conv.weight, **lists, groups=conv.groups)
         return PreparedConv2d(conv.weight, scale, shift, **lists, numbers=numbers, packed=packed, pool=step.pool)
 
+    def _link(self, step: Step) -> PreparedConv2d | None:
+        """A step of a chain; None is the mean."""
+        layer = self.recipe.modules[step.node.name]
+        if isinstance(layer, nn.Conv2d):
+            return self._prepared(step)
+        if not isinstance(layer, nn.Linear):
+            return None
+        weight = layer.weight.detach()[:, :, None, None]
+        inputs, outputs = self.compact.lists(step.source), self.compact.lists(step.node.name)
+        packed = pack_masked_conv2d(weight, inputs=inputs, outputs=outputs)
+        return PreparedConv2d(weight, None, layer.bias, inputs, outputs, [1, 1, 0, 0, 1, 1, 1, 0], packed)
+
     def _dense(self, step: Step) -> Dense:
         conv, scale, shift = self._constants(step)
         inputs, outputs = self.compact.lists(step.source)[0], self.compact.lists(step.node.name)[0]
@@ -490,7 +560,9 @@ class _Run:
     def _linear(self, step: Step, layer: nn.Linear, x: Tensor) -> Tensor:
         inputs, outputs = self.compact.lists(step.source), self.compact.lists(step.node.name)
         if self.subnets is not None:
-            return masked_linear(x, layer.weight, layer.bias, inputs=inputs, outputs=outputs, subnets=self.subnets)
+            return masked_linear(
+                autocast(x), layer.weight, layer.bias, inputs=inputs, outputs=outputs, subnets=self.subnets
+            )
         if self.prepared:
             return self.compact.gathered(step, KeptLinear, lambda _: KeptLinear.of(layer, inputs[0], outputs[0]))(x)
         return KeptLinear.of(layer, inputs[0], outputs[0])(x)

@@ -427,6 +427,20 @@ def is_reshape(node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method") and _name(node) in _RESHAPES
 
 
+def is_mean(plan: Plan, node: fx.Node) -> bool:
+    """Whether `node` is the mean of maps over all positions."""
+    module = plan.submodule(node)
+    if type(module) is nn.AdaptiveAvgPool2d:
+        return module.output_size in (1, (1, 1))
+    if node.op not in ("call_function", "call_method") or len(plan.shapes.get(str(node.args[0]), ())) != 3:
+        return False
+    size, rest = node.args[1:2], set(node.kwargs) - {"dim", "keepdim"}
+    if _name(node) == "adaptive_avg_pool2d":
+        return size in ((1,), ((1, 1),)) and not node.kwargs
+    dims = node.kwargs.get("dim", *size)
+    return _name(node) == "mean" and not rest and isinstance(dims, (tuple, list)) and {d % 4 for d in dims} == {2, 3}  # type: ignore[operator]
+
+
 def is_concatenation(node: fx.Node) -> bool:
     """Whether `node` appends tensors' channels."""
     return node.op == "call_function" and _name(node) in _CONCATENATIONS

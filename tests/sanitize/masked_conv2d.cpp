@@ -91,7 +91,7 @@ class Call {
       if (!Tensors::written(packed, numel)) return "packed";
       args_.packed = packed;
     }
-    kernels().forward(args_, host);
+    kernels().forward(&args_, 1, host);
     return Tensors::written(out_, numel_) ? nullptr : "out";
   }
 

@@ -6,25 +6,25 @@
 namespace pyext::cpu::PYEXT_CAPABILITY {
 namespace {
 
-// Vectors x Outputs results: to[o * to_pitch + v * kLanes], from the planes of `inputs` channels and their panel; added
-// to what is there unless they are the first.
+// Vectors x Outputs results: to[o * to_pitch + v * kLanes], from the planes of `inputs` channels and their panel, by
+// the taps [own.begin, own.end) of all; added to what is there unless they are the first.
 template <int Vectors, int Outputs, typename T>
 inline void masked_tile(const T* planes, int64_t channel, const int64_t* vector, const int64_t* tap, int64_t taps,
-                        const T* panel, int64_t inputs, bool first, T* to, int64_t to_pitch) {
+                        Range own, const T* panel, int64_t inputs, bool first, T* to, int64_t to_pitch) {
   Vec<T> sum[Outputs][Vectors];
 #pragma GCC unroll 8
   for (int o = 0; o < Outputs; ++o) {
 #pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v) sum[o][v] = first ? Vec<T>{} : load<T>(to + o * to_pitch + v * kLanes<T>);
   }
-  for (int64_t i = 0; i < inputs; ++i, planes += channel) {
-    for (int64_t k = 0; k < taps; ++k, panel += Outputs) {
+  for (int64_t i = 0; i < inputs; ++i, planes += channel, panel += taps * Outputs) {
+    for (int64_t k = own.begin; k < own.end; ++k) {
       Vec<T> positions[Vectors];
 #pragma GCC unroll 8
       for (int v = 0; v < Vectors; ++v) positions[v] = load_once<T>(planes + tap[k] + vector[v]);
 #pragma GCC unroll 8
       for (int o = 0; o < Outputs; ++o) {
-        const Vec<T> factor = in_register<T>(splat<T>(panel[o]));
+        const Vec<T> factor = in_register<T>(splat<T>(panel[k * Outputs + o]));
 #pragma GCC unroll 8
         for (int v = 0; v < Vectors; ++v) sum[o][v] += factor * positions[v];
       }
@@ -46,9 +46,10 @@ inline int64_t inputs_at_once(const MaskedSizes& s, const Frame<T>& frame) {
   return std::max<int64_t>(kBytes / static_cast<int64_t>(elements * sizeof(T)), 4);
 }
 
+// The block's results in a strip of `vectors` whose first row is `top`.
 template <typename T>
 inline void masked_block(const MaskedSizes& s, const Frame<T>& frame, const Walk<T>& walk, const Block& block,
-                         const T* planes, const T* panel, int64_t vectors, T* to, int64_t to_pitch) {
+                         int64_t top, const T* planes, const T* panel, int64_t vectors, T* to, int64_t to_pitch) {
   const int64_t most = inputs_at_once(s, frame), parts = std::max<int64_t>((block.inputs + most - 1) / most, 1);
   with_constant<kTileOutputs>(block.count, [&](auto outputs) {
     constexpr int kOutputs = decltype(outputs)::value, kVectors = tile_vectors(kOutputs);
@@ -57,8 +58,10 @@ inline void masked_block(const MaskedSizes& s, const Frame<T>& frame, const Walk
       const T* from = planes + inputs.begin * frame.channel;
       const T* weights = panel + inputs.begin * s.taps() * kOutputs;
       for (int64_t v = 0; v < vectors; v += kVectors) {
-        with_constant<kVectors>(std::min<int64_t>(vectors - v, kVectors), [&](auto count) {
-          masked_tile<decltype(count)::value, kOutputs>(from, frame.channel, walk.vector + v, walk.tap, s.taps(),
+        const int64_t most_vectors = std::min<int64_t>(vectors - v, kVectors);
+        const Range taps = walk.taps_inside(s, top + walk.row[v].begin, top + walk.row[v + most_vectors - 1].end);
+        with_constant<kVectors>(most_vectors, [&](auto count) {
+          masked_tile<decltype(count)::value, kOutputs>(from, frame.channel, walk.vector + v, walk.tap, s.taps(), taps,
                                                         weights, inputs.end - inputs.begin, part == 0,
                                                         to + v * kLanes<T>, to_pitch);
         });
@@ -80,6 +83,37 @@ inline T larger(T a, T b) {
 // Below so many operations a second thread takes longer to start than it saves.
 constexpr int64_t kWorthThreads = 600000;
 
+// Images in the order of their sub-networks, in groups of one sub-network each.
+struct Groups {
+  struct Group {
+    int64_t subnet, first, images;  // order[first] to order[first + images - 1]
+  };
+  int64_t* order;
+  Group* all;
+  int64_t count = 0;
+
+  // Groups of nearly equal sizes, of at most `most` images and for all threads, where a sub-network has enough.
+  Groups(const MaskedConv2d& args, int64_t most, int64_t threads, const Host& host) {
+    const MaskedSizes& s = args.sizes;
+    order = shared<int64_t>(host, s.batch);
+    all = shared<Group>(host, s.batch);
+    int64_t *start = shared_zeros<int64_t>(host, s.subnets + 1), *next = shared<int64_t>(host, s.subnets);
+    const auto subnet = [&](int64_t n) { return args.image_subnets == nullptr ? 0 : args.image_subnets[n]; };
+    for (int64_t n = 0; n < s.batch; ++n) ++start[subnet(n) + 1];
+    for (int64_t i = 0; i < s.subnets; ++i) start[i + 1] += start[i];
+    std::copy(start, start + s.subnets, next);
+    for (int64_t n = 0; n < s.batch; ++n) order[next[subnet(n)]++] = n;
+    for (int64_t i = 0; i < s.subnets; ++i) {
+      const int64_t images = start[i + 1] - start[i];
+      const int64_t parts = std::max((images + most - 1) / most, (threads * images + s.batch - 1) / s.batch);
+      for (int64_t part = 0; part < parts; ++part) {
+        const Range range = part_of(images, parts, part);
+        if (range.begin < range.end) all[count++] = {i, start[i] + range.begin, range.end - range.begin};
+      }
+    }
+  }
+};
+
 template <typename S>
 class MaskedForward {
   using T = Accumulate<S>;
@@ -91,8 +125,8 @@ class MaskedForward {
   };
 
  public:
-  MaskedForward(const MaskedConv2d& args, const Host& host)
-      : args_(args), host_(host), s_(args.sizes), blocks_(args, host) {
+  MaskedForward(const MaskedConv2d& args, const Groups& groups, const Host& host)
+      : args_(args), host_(host), s_(args.sizes), blocks_(args, host), order_(groups.order) {
     scale_ = vector(args.scale, s_.out_channels);
     shift_ = vector(args.shift, s_.out_channels);
     gate_ = vector(args.gate, s_.batch * s_.outputs);
@@ -102,48 +136,47 @@ class MaskedForward {
       pack_panels(args, blocks_, panels, host);
       panels_ = panels;
     }
-    sort_images();
-    divide();
+    divide(groups);
   }
 
-  void run() {
+  void run() const {
     const int64_t operations = 2 * blocks_.panels / s_.subnets * s_.batch * s_.conv_positions();
     const int64_t threads = operations < kWorthThreads ? 1 : host_.threads;
-    if (threads == 1 || units_count_ >= 2 * threads) return run_units(threads);
-    run_blocks();
+    if (threads > 1 && units_count_ < 2 * threads) return run_blocks();
+    parallel(host_, threads, [&](int64_t task) { run_units(part_of(units_count_, threads, task)); });
   }
+
+  // By the calling thread.
+  void run_group(int64_t group) const { run_units({first_unit_[group], first_unit_[group + 1]}); }
 
  private:
   const T* vector(const void* data, int64_t numel) const {
     return data == nullptr ? nullptr : as_accumulate<T>(host_, data, args_.parameter_dtype, numel);
   }
 
-  // Images by sub-network, in their order: those of subnet i are order_[start_[i]] to order_[start_[i + 1]].
-  void sort_images() {
-    order_ = shared<int64_t>(host_, s_.batch);
-    start_ = shared_zeros<int64_t>(host_, s_.subnets + 1);
-    const auto subnet = [&](int64_t n) { return args_.image_subnets == nullptr ? 0 : args_.image_subnets[n]; };
-    for (int64_t n = 0; n < s_.batch; ++n) ++start_[subnet(n) + 1];
-    for (int64_t i = 0; i < s_.subnets; ++i) start_[i + 1] += start_[i];
-    int64_t* next = shared<int64_t>(host_, s_.subnets);
-    std::copy(start_, start_ + s_.subnets, next);
-    for (int64_t n = 0; n < s_.batch; ++n) order_[next[subnet(n)]++] = n;
-  }
-
   // Units of nearly equal sizes, and a frame with its walk for each size.
-  void divide() {
-    const int64_t together = images_together<T>(s_);
+  void divide(const Groups& groups) {
+    const int64_t together = std::min(images_together<T>(s_), s_.batch);
     units_ = shared<Unit>(host_, s_.batch);
-    frame_of_ = shared<int64_t>(host_, std::max(together, s_.batch) + 1);
-    std::fill_n(frame_of_, std::max(together, s_.batch) + 1, int64_t(-1));
+    first_unit_ = shared<int64_t>(host_, groups.count + 1);
+    frame_of_ = shared<int64_t>(host_, together + 1);
+    std::fill_n(frame_of_, together + 1, int64_t(-1));
     frames_ = static_cast<Frame<T>*>(host_.shared(host_.self, together * sizeof(Frame<T>)));
     walks_ = static_cast<Walk<T>*>(host_.shared(host_.self, together * sizeof(Walk<T>)));
-    for (int64_t i = 0; i < s_.subnets; ++i) {
-      const int64_t count = start_[i + 1] - start_[i], parts = (count + together - 1) / together;
+    for (int64_t g = 0; g < groups.count; ++g) {
+      const Groups::Group& group = groups.all[g];
+      const int64_t parts = (group.images + together - 1) / together;
+      first_unit_[g] = units_count_;
       for (int64_t part = 0; part < parts; ++part) {
-        const Range range = part_of(count, parts, part);
-        units_[units_count_++] = {i, start_[i] + range.begin, frame(range.end - range.begin), nullptr};
+        const Range range = part_of(group.images, parts, part);
+        const Unit unit{group.subnet, group.first + range.begin, frame(range.end - range.begin), nullptr};
+        planes_size_ = std::max(planes_size_, frame_of(unit).elements(inputs_of(unit)));
+        units_[units_count_++] = unit;
       }
+    }
+    first_unit_[groups.count] = units_count_;
+    for (int64_t f = 0; f < frames_count_; ++f) {
+      strip_size_ = std::max(strip_size_, strip_pitch(frames_[f]) * kTileOutputs);
     }
   }
 
@@ -167,34 +200,21 @@ class MaskedForward {
     }
   }
 
-  // Elements of a thread's memory for the results of a block in a strip.
-  int64_t strip_elements() const {
-    int64_t most = 0;
-    for (int64_t f = 0; f < frames_count_; ++f) most = std::max(most, strip_pitch(frames_[f]));
-    return most * kTileOutputs;
-  }
   int64_t strip_pitch(const Frame<T>& frame) const { return frame.vectors(s_, frame.strip_rows) * kLanes<T>; }
 
-  // Many units: each thread takes some, whole.
-  void run_units(int64_t threads) {
-    int64_t planes_size = 0;
-    for (int64_t u = 0; u < units_count_; ++u) {
-      planes_size = std::max(planes_size, frame_of(units_[u]).elements(inputs_of(units_[u])));
+  // Whole units, by the calling thread.
+  void run_units(Range units) const {
+    T* strip = static_cast<T*>(host_.scratch((strip_size_ + planes_size_) * sizeof(T)));
+    T* planes = strip + strip_size_;
+    for (int64_t u = units.begin; u < units.end; ++u) {
+      const Unit& unit = units_[u];
+      const int64_t inputs = inputs_of(unit);
+      write_planes_of(unit, {0, inputs}, planes);
+      clear_slack(frame_of(unit), inputs, planes);
+      const Range blocks = blocks_of(unit);
+      run_strips(unit, planes, {0, (blocks.end - blocks.begin) * frame_of(unit).strips(s_)}, strip);
+      clear_absent(unit);
     }
-    parallel(host_, threads, [&](int64_t task) {
-      const Range range = part_of(units_count_, threads, task);
-      T* strip = static_cast<T*>(host_.scratch((strip_elements() + planes_size) * sizeof(T)));
-      T* planes = strip + strip_elements();
-      for (int64_t u = range.begin; u < range.end; ++u) {
-        const Unit& unit = units_[u];
-        const int64_t inputs = inputs_of(unit);
-        write_planes_of(unit, {0, inputs}, planes);
-        clear_slack(frame_of(unit), inputs, planes);
-        const Range blocks = blocks_of(unit);
-        run_strips(unit, planes, {0, (blocks.end - blocks.begin) * frame_of(unit).strips(s_)}, strip);
-        clear_absent(unit);
-      }
-    });
   }
 
   // Vectors of the last row reach behind the planes.
@@ -203,7 +223,7 @@ class MaskedForward {
   }
 
   // Few units: all threads make the planes of all, then share out blocks and strips.
-  void run_blocks() {
+  void run_blocks() const {
     int64_t* first = shared_zeros<int64_t>(host_, units_count_ + 1);
     int64_t* channels = shared_zeros<int64_t>(host_, units_count_ + 1);
     for (int64_t u = 0; u < units_count_; ++u) {
@@ -217,7 +237,7 @@ class MaskedForward {
     }
     share(channels, [&](const Unit& unit, Range range) { write_planes_of(unit, range, unit.planes); });
     share(first, [&](const Unit& unit, Range range) {
-      T* strip = static_cast<T*>(host_.scratch(strip_elements() * sizeof(T)));
+      T* strip = static_cast<T*>(host_.scratch(strip_size_ * sizeof(T)));
       run_strips(unit, unit.planes, range, strip);
     });
     for (int64_t u = 0; u < units_count_; ++u) clear_absent(units_[u]);
@@ -245,7 +265,7 @@ class MaskedForward {
       const Block& block = blocks_.all[blocks.begin + item % count];
       const int64_t top = item / count * frame.strip_rows;
       const int64_t rows = std::min(frame.strip_rows, s_.rows.output() - top);
-      masked_block(s_, frame, walks_[unit.frame], block, planes + block.input * frame.channel + top * frame.pitch,
+      masked_block(s_, frame, walks_[unit.frame], block, top, planes + block.input * frame.channel + top * frame.pitch,
                    panels_ + block.panel, frame.vectors(s_, rows), strip, pitch);
       for (int64_t o = 0; o < block.count; ++o) finish(unit, block.output + o, {top, top + rows}, strip + o * pitch);
     }
@@ -339,11 +359,13 @@ class MaskedForward {
   MaskedSizes s_;
   Blocks blocks_;
   const T *scale_, *shift_, *gate_, *panels_;
-  int64_t *order_, *start_, *frame_of_;
+  const int64_t* order_;
+  int64_t *first_unit_, *frame_of_;  // by group; by images
   Unit* units_;
   Frame<T>* frames_;
   Walk<T>* walks_;
   int64_t units_count_ = 0, frames_count_ = 0;
+  int64_t planes_size_ = 0, strip_size_ = 0;  // elements of a thread's memory: a unit's planes, a block's strip
 };
 
 }  // namespace

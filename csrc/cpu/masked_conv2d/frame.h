@@ -58,11 +58,12 @@ inline int64_t images_together(const MaskedSizes& s) {
   return (kEnough + s.conv_positions() - 1) / s.conv_positions();
 }
 
-// What a frame's loops look up: where the vectors of a strip begin in the planes, the taps, and where an image's
-// columns go.
+// What a frame's loops look up: where the vectors of a strip begin in the planes and which rows they are of, the taps,
+// and where an image's columns go.
 template <typename T>
 struct Walk {
   int64_t* vector;
+  Range* row;  // of results, from the strip's first on
   int64_t* tap;
   int64_t* column;
   int64_t width;  // columns that are needed
@@ -70,8 +71,11 @@ struct Walk {
   Walk(const MaskedSizes& s, const Frame<T>& frame, const Host& host) {
     const int64_t count = frame.vectors(s, frame.strip_rows), per_row = frame.row_slots / kLanes<T>;
     vector = shared<int64_t>(host, count);
+    row = shared<Range>(host, count);
     for (int64_t v = 0; v < count; ++v) {
       vector[v] = frame.separate ? v / per_row * frame.pitch + v % per_row * kLanes<T> : v * kLanes<T>;
+      row[v] = {vector[v] / frame.pitch, (vector[v] + kLanes<T> - 1) / frame.pitch + 1};
+      if (frame.separate) row[v].end = row[v].begin + 1;
     }
     tap = shared<int64_t>(host, s.taps());
     for (int64_t k = 0; k < s.taps(); ++k) {
@@ -80,6 +84,16 @@ struct Walk {
     width = std::clamp<int64_t>(s.columns.needed() - s.columns.padding, 0, s.columns.input);
     column = shared<int64_t>(host, width);
     for (int64_t x = 0; x < width; ++x) column[x] = frame.place(s, 0, s.columns.padding + x);
+  }
+
+  // Without the first and last rows of taps that meet nothing but padding in the rows [first, end) of results.
+  static Range taps_inside(const MaskedSizes& s, int64_t first, int64_t end) {
+    const masked_conv2d::Axis& rows = s.rows;
+    Range inside{0, rows.kernel};
+    const auto input_row = [&](int64_t y, int64_t tap) { return y * rows.stride + tap * rows.dilation - rows.padding; };
+    while (inside.begin < inside.end && input_row(end - 1, inside.begin) < 0) ++inside.begin;
+    while (inside.begin < inside.end && input_row(first, inside.end - 1) >= rows.input) --inside.end;
+    return {inside.begin * s.columns.kernel, inside.end * s.columns.kernel};
   }
 };
 
