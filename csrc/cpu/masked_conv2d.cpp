@@ -199,6 +199,7 @@ Prepared prepare_mean(const Tensor& x) {
   Inputs call;
   call.set_map(x);
   MaskedConv2d& args = call.args;
+  args.sizes.subnets = 1;
   args.sizes.inputs = args.sizes.outputs = x.size(1);
   args.sizes.rows.input = x.size(2);
   args.sizes.columns.input = x.size(3);

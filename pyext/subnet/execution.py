@@ -22,6 +22,7 @@ from pyext._backend import requested
 from pyext._C import unchanged
 from pyext.nn.hooks import has_forward_hooks
 from pyext.nn.masked import autocast, split_padding
+from pyext.ops.hybrid_block import OPERATOR as HYBRID_BLOCK
 from pyext.ops.masked_conv2d import (
     ACTIVATIONS,
     OPERATOR,
@@ -32,9 +33,11 @@ from pyext.ops.masked_conv2d import (
     pack_masked_conv2d,
     with_bias,
 )
+from pyext.subnet.blocks import KeptBlock, kept_block, run_whole
 from pyext.subnet.graph import (
     LAYERS,
     NORMS,
+    Block,
     Layer,
     Norm,
     Plan,
@@ -55,13 +58,17 @@ weights in channels_last are faster (bench/results/subnet_execution/cpu.md)."""
 
 @dataclass(frozen=True)
 class Step:
-    """A node of the network, or a convolution with what follows it; `value` is the node whose value it gives."""
+    """A node of the network, or a convolution with what follows it; `value` is the node whose value it gives.
+
+    With `block` it is the whole module of that path (`Plan.blocks`), of which `node` is the first.
+    """
 
     node: fx.Node
     value: fx.Node
     norm: fx.Node | None = None
     activation: str | None = None
     pool: int = 1
+    block: str | None = None
 
     @property
     def source(self) -> str:
@@ -124,17 +131,19 @@ class Recipe:
     def __init__(self, plan: Plan):
         self.plan = plan
         self.modules: dict[str, Any] = {node.name: plan.submodule(node) for node in plan.module.graph.nodes}
-        plain, fused = (_steps(plan, fuses) for fuses in (False, True))
+        plain, fused = (_steps(plan, fuses, {}) for fuses in (False, True))
         self.programs = {
             "plain": Program.of([(step,) for step in plain]),
             "fused": Program.of([(step,) for step in fused]),
             "chained": Program.of(_chained(plan, fused)),
+            "blocks": Program.of(_chained(plan, _steps(plan, True, plan.blocks))),
         }
         self.operations = {step.node.name: _operation(step.node, self.modules[step.node.name]) for step in plain}
         numbers: dict[bytes, int] = {}
         self.lists = {name: numbers.setdefault(ids.tobytes(), len(numbers)) for name, ids in plan.channels.items()}
         self._layers = [layer for _, layer in plan.layers()]
         self._looked: Looked | None = None
+        self._runs_blocks: bool | None = None
         self._versions: list[tuple[int, int]] = []
         self._count = 0
 
@@ -146,8 +155,14 @@ class Recipe:
         if torch.compiler.is_compiling():
             return Looked.at(self._layers)
         if self._looked is None or not unchanged(self._looked.dictionaries, self._looked.items):
-            self._looked, self._versions = Looked.at(self._layers), []
+            self._looked, self._versions, self._runs_blocks = Looked.at(self._layers), [], None
         return self._looked
+
+    def runs_blocks(self) -> bool:
+        """Whether there are modules of HCGNet and `hybrid_block` computes what they do."""
+        if self._runs_blocks is None:
+            self._runs_blocks = bool(self.plan.blocks) and run_whole(self.plan.blocks.values())
+        return self._runs_blocks
 
     def stamp(self) -> int | None:
         """See the class."""
@@ -162,11 +177,21 @@ class Recipe:
         return self._count
 
 
-def _steps(plan: Plan, fused: bool) -> list[Step]:
+def _steps(plan: Plan, fused: bool, blocks: dict[str, Block]) -> list[Step]:
+    """The nodes in their order; with `fused` convolutions and what follows them, each of `blocks` in one step."""
     found: list[Step] = []
     done: set[fx.Node] = set()
-    for node in plan.module.graph.nodes:
+    nodes = {node.name: node for node in plan.module.graph.nodes}
+    starts = {block.first: (nodes[block.last], path) for path, block in blocks.items()}
+    for node in nodes.values():
         if node.op in ("placeholder", "output") or node in done:
+            continue
+        if node.name in starts:
+            value, path = starts[node.name]
+            found.append(Step(node, value, block=path))
+            while node is not value:
+                node = node.next
+                done.add(node)
             continue
         step = _fused(plan, node) if fused and isinstance(plan.submodule(node), nn.Conv2d) else Step(node, node)
         found.append(step)
@@ -219,17 +244,24 @@ def _is_hooked(plan: Plan, node: fx.Node) -> bool:
 
 def _chained(plan: Plan, steps: list[Step]) -> list[tuple[Step, ...]]:
     """Steps of one chain together: convolutions, the mean over positions behind them and a linear layer on that, each
-    the only reader of the one before."""
+    the only reader of the one before; or modules of one dense block."""
     found: list[tuple[Step, ...]] = []
     kinds = {step.node: _kind(plan, step) for step in steps}
     for step in steps:
         last = found[-1][-1] if found else None
-        follows = last is not None and only_user(last.value) is step.node
-        if last is not None and follows and kinds[step.node] in _FOLLOWS[kinds[last.node]]:
+        if last is not None and _reads_alone(step, last) and kinds[step.node] in _FOLLOWS[kinds[last.node]]:
             found[-1] += (step,)
         else:
             found.append((step,))
+            if kinds[step.node] == "flattening":  # of maps that may be larger than one number
+                kinds[step.node] = None
     return found
+
+
+def _reads_alone(step: Step, last: Step) -> bool:
+    if step.block is not None:  # a dense module appends its result to what it reads
+        return step.source == last.value.name and set(last.value.users) == {step.node, step.value}
+    return only_user(last.value) is step.node
 
 
 _FOLLOWS: dict[str | None, tuple[str, ...]] = {
@@ -237,6 +269,7 @@ _FOLLOWS: dict[str | None, tuple[str, ...]] = {
     "mean": ("flattening", "linear"),
     "flattening": ("linear",),
     "linear": (),
+    "dense": ("dense",),
     None: (),
 }
 """What may come next in a chain. A flattening is there behind a mean alone: as in the mean, a map is one number."""
@@ -244,6 +277,8 @@ _FOLLOWS: dict[str | None, tuple[str, ...]] = {
 
 def _kind(plan: Plan, step: Step) -> str | None:
     """What `step` is in a chain."""
+    if step.block is not None:
+        return "dense" if is_concatenation(step.value) else None
     layer = plan.submodule(step.node)
     if isinstance(layer, nn.Conv2d):
         return None if any(split_padding(layer)[0]) else "convolution"
@@ -310,7 +345,7 @@ class Compact:
     selections: Sequence[np.ndarray]
     bytes: int = 0
     _lists: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict)
-    _gathered: dict[tuple[str, type], Any] = field(default_factory=dict)
+    _gathered: dict[tuple[str, type, int], Any] = field(default_factory=dict)
     _indices: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)
     _stamp: int | None = None
     _suits_dense: bool | None = None
@@ -333,9 +368,9 @@ class Compact:
         self._gathered.clear()
         self.bytes = 0
 
-    def gathered(self, step: Step, kind: type, make: Callable[[Step], Any]) -> Any:
+    def gathered(self, step: Step, kind: type, make: Callable[[Step], Any], selection: int = 0) -> Any:
         """What `make` makes of the weights of `step`, kept until they change."""
-        key = step.node.name, kind
+        key = step.node.name, kind, selection
         found = self._gathered.get(key)
         if found is None:
             self._gathered[key] = found = make(step)
@@ -368,13 +403,15 @@ class Compact:
         fused = not looked.training and looked.tracked
         run = _Run(self, subnets, x, self._keeps())
         chains = fused and run.prepared and not run.dense
-        program = recipe.programs["chained" if chains else "fused" if fused else "plain"]
+        whole = chains and recipe.runs_blocks() and HYBRID_BLOCK.has_kernel(x) and not torch.is_autocast_enabled("cpu")
+        name = "blocks" if whole else "chained" if chains else "fused" if fused else "plain"
+        program = recipe.programs[name]
         if run.dense:
             x = x.contiguous(memory_format=torch.channels_last)
         values: dict[str, Any] = {next(iter(self.plan.module.graph.nodes)).name: x}
         result: Any = x
         for steps, unused in zip(program.steps, program.unused, strict=True):
-            result = run.value(steps[0], values) if len(steps) == 1 else run.chain(steps, values)
+            result = run.steps(steps, values)
             for name in unused:
                 del values[name]
             values[steps[-1].value.name] = result
@@ -437,6 +474,33 @@ class _Run:
             and x.dtype == torch.float32
             and compact.suits_dense()
         )
+
+    def steps(self, steps: tuple[Step, ...], values: dict[str, Any]) -> Any:
+        """The value of the last of `steps`."""
+        if steps[0].block is not None:
+            return self._blocks(steps, values[steps[0].source])
+        return self.value(steps[0], values) if len(steps) == 1 else self.chain(steps, values)
+
+    def _blocks(self, steps: tuple[Step, ...], x: Tensor) -> Tensor | None:
+        """Modules of one dense block, or a transition."""
+        if self.subnets is None:
+            return self._block(steps, x, 0)
+        longest = self.compact.lists(steps[-1].value.name).shape[1]
+        out: Tensor | None = None
+        for selection in self.subnets.unique().tolist() or [0]:
+            images = (self.subnets == selection).nonzero()[:, 0]
+            own = x[images][:, : len(self.compact.kept(steps[0].source, selection))]
+            y = self._block(steps, own, selection)
+            out = x.new_zeros(len(x), longest, *y.shape[2:]) if out is None else out
+            out[images, : y.shape[1]] = y
+        return out
+
+    def _block(self, steps: tuple[Step, ...], x: Tensor, selection: int) -> Tensor:
+        def make(_: Step) -> KeptBlock:
+            paths, dense = [str(step.block) for step in steps], is_concatenation(steps[-1].value)
+            return kept_block(self.compact.plan, paths, self.compact.selections[selection], dense)
+
+        return self.compact.gathered(steps[0], KeptBlock, make, selection)(x)
 
     def value(self, step: Step, values: dict[str, Any]) -> Any:
         """The value of `step`."""

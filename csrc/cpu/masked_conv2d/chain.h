@@ -17,9 +17,9 @@ class MaskedChain {
 
  public:
   MaskedChain(const MaskedConv2d* layers, int64_t count, const Host& host)
-      : layers_(layers), count_(count), host_(host), groups_(layers[0], kGroupImages, host.threads, host) {
+      : layers_(layers), count_(count), host_(host), groups_(first_convolution(), kGroupImages, host.threads, host) {
     by_groups_ = count > 1 && groups_fill_threads();
-    if (!by_groups_) groups_ = Groups(layers[0], layers[0].sizes.batch, 1, host);
+    if (!by_groups_) groups_ = Groups(first_convolution(), layers[0].sizes.batch, 1, host);
     forwards_ = static_cast<MaskedForward<S>*>(host.shared(host.self, count * sizeof(MaskedForward<S>)));
     for (int64_t i = 0; i < count; ++i) {
       if (layers[i].weight != nullptr) new (forwards_ + i) MaskedForward<S>(layers[i], groups_, host);
@@ -40,6 +40,13 @@ class MaskedChain {
   }
 
  private:
+  // Which tells the sub-networks of the images; a mean, where there is none.
+  const MaskedConv2d& first_convolution() const {
+    int64_t i = 0;
+    while (i + 1 < count_ && layers_[i].weight == nullptr) ++i;
+    return layers_[i];
+  }
+
   // Whether no thread gets much more than its share of the images: threads get groups that follow one another.
   bool groups_fill_threads() const {
     const int64_t each = (groups_.count + host_.threads - 1) / host_.threads;

@@ -7,10 +7,11 @@ namespace pyext::cpu::PYEXT_CAPABILITY {
 namespace {
 
 // Vectors x Outputs results: to[o * to_pitch + v * kLanes], from the planes of `inputs` channels and their panel, by
-// the taps [own.begin, own.end) of all; added to what is there unless they are the first.
-template <int Vectors, int Outputs, typename T>
+// the taps [own.begin, own.end) of all; added to what is there unless they are the first. With Fetch, the weights that
+// lie `ahead` elements behind these are fetched from memory meanwhile.
+template <int Vectors, int Outputs, bool Fetch, typename T>
 inline void masked_tile(const T* planes, int64_t channel, const int64_t* vector, const int64_t* tap, int64_t taps,
-                        Range own, const T* panel, int64_t inputs, bool first, T* to, int64_t to_pitch) {
+                        Range own, const T* panel, int64_t ahead, int64_t inputs, bool first, T* to, int64_t to_pitch) {
   Vec<T> sum[Outputs][Vectors];
 #pragma GCC unroll 8
   for (int o = 0; o < Outputs; ++o) {
@@ -19,6 +20,7 @@ inline void masked_tile(const T* planes, int64_t channel, const int64_t* vector,
   }
   for (int64_t i = 0; i < inputs; ++i, planes += channel, panel += taps * Outputs) {
     for (int64_t k = own.begin; k < own.end; ++k) {
+      if constexpr (Fetch) __builtin_prefetch(panel + k * Outputs + ahead, 0, 2);
       Vec<T> positions[Vectors];
 #pragma GCC unroll 8
       for (int v = 0; v < Vectors; ++v) positions[v] = load_once<T>(planes + tap[k] + vector[v]);
@@ -46,10 +48,12 @@ inline int64_t inputs_at_once(const MaskedSizes& s, const Frame<T>& frame) {
   return std::max<int64_t>(kBytes / static_cast<int64_t>(elements * sizeof(T)), 4);
 }
 
-// The block's results in a strip of `vectors` whose first row is `top`.
+// The block's results in a strip of `vectors` whose first row is `top`; `ahead`: from its panel to that of the block
+// which is computed next, 0 if there is none.
 template <typename T>
 inline void masked_block(const MaskedSizes& s, const Frame<T>& frame, const Walk<T>& walk, const Block& block,
-                         int64_t top, const T* planes, const T* panel, int64_t vectors, T* to, int64_t to_pitch) {
+                         int64_t top, const T* planes, const T* panel, int64_t ahead, int64_t vectors, T* to,
+                         int64_t to_pitch) {
   const int64_t most = inputs_at_once(s, frame), parts = std::max<int64_t>((block.inputs + most - 1) / most, 1);
   with_constant<kTileOutputs>(block.count, [&](auto outputs) {
     constexpr int kOutputs = decltype(outputs)::value, kVectors = tile_vectors(kOutputs);
@@ -61,9 +65,12 @@ inline void masked_block(const MaskedSizes& s, const Frame<T>& frame, const Walk
         const int64_t most_vectors = std::min<int64_t>(vectors - v, kVectors);
         const Range taps = walk.taps_inside(s, top + walk.row[v].begin, top + walk.row[v + most_vectors - 1].end);
         with_constant<kVectors>(most_vectors, [&](auto count) {
-          masked_tile<decltype(count)::value, kOutputs>(from, frame.channel, walk.vector + v, walk.tap, s.taps(), taps,
-                                                        weights, inputs.end - inputs.begin, part == 0,
-                                                        to + v * kLanes<T>, to_pitch);
+          const auto tile = [&](auto fetch) {
+            masked_tile<decltype(count)::value, kOutputs, decltype(fetch)::value>(
+                from, frame.channel, walk.vector + v, walk.tap, s.taps(), taps, weights, ahead,
+                inputs.end - inputs.begin, part == 0, to + v * kLanes<T>, to_pitch);
+          };
+          v == 0 && ahead != 0 ? tile(std::true_type()) : tile(std::false_type());
         });
       }
     }
@@ -265,8 +272,10 @@ class MaskedForward {
       const Block& block = blocks_.all[blocks.begin + item % count];
       const int64_t top = item / count * frame.strip_rows;
       const int64_t rows = std::min(frame.strip_rows, s_.rows.output() - top);
+      const Block& next = blocks_.all[blocks.begin + (item + 1) % count];
+      const int64_t ahead = item + 1 < items.end ? next.panel - block.panel : 0;
       masked_block(s_, frame, walks_[unit.frame], block, top, planes + block.input * frame.channel + top * frame.pitch,
-                   panels_ + block.panel, frame.vectors(s_, rows), strip, pitch);
+                   panels_ + block.panel, ahead, frame.vectors(s_, rows), strip, pitch);
       for (int64_t o = 0; o < block.count; ++o) finish(unit, block.output + o, {top, top + rows}, strip + o * pitch);
     }
   }
