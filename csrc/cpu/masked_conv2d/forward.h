@@ -124,6 +124,7 @@ struct Groups {
 template <typename S>
 class MaskedForward {
   using T = Accumulate<S>;
+  using Activation = masked_conv2d::Activation;
 
   // Some images of a sub-network, at `order + first`.
   struct Unit {
@@ -286,24 +287,26 @@ class MaskedForward {
     const int64_t channel = args_.outputs[unit.subnet * s_.outputs + output], width = s_.out_width();
     const T scale = scale_ == nullptr ? 1 : scale_[channel], shift = shift_ == nullptr ? 0 : shift_[channel];
     const int64_t vectors = frame.vectors(s_, rows.end - rows.begin);
-    const bool gated = gate_ != nullptr;
-    for (int64_t v = 0; v < vectors; ++v) {
-      T* at = strip + v * kLanes<T>;
-      const Vec<T> value = load<T>(at) * scale + shift;
-      store<T>(at, gated ? value : activated(value));
+    const auto target = [&](int64_t n) {
+      const Map& out = args_.out;
+      return static_cast<S*>(out.data) + order_[unit.first + n] * out.stride[0] + output * out.stride[1] +
+             rows.begin / s_.pool * width;
+    };
+    if constexpr (std::is_same_v<S, T>) {
+      if (gate_ == nullptr && s_.pool == 1 && frame.in_order(s_)) {
+        return finish_vectors(vectors, scale, shift, s_.activation, strip, target(0));
+      }
     }
-    if (gated) apply_gates(unit, output, rows.end - rows.begin, vectors, strip);
-    if (s_.pool > 1) {
-      rows = {rows.begin / 2, rows.end / 2};
-      for (int64_t y = 0; y < rows.end - rows.begin; ++y)
-        pool_rows(frame, strip + 2 * y * frame.row_slots, strip + y * frame.row_slots);
+    finish_vectors(vectors, scale, shift, gate_ == nullptr ? s_.activation : Activation::kNone, strip, strip);
+    if (gate_ != nullptr) apply_gates(unit, output, rows.end - rows.begin, vectors, strip);
+    const int64_t height = (rows.end - rows.begin) / s_.pool;
+    for (int64_t y = 0; s_.pool > 1 && y < height; ++y) {
+      pool_rows(frame, strip + 2 * y * frame.row_slots, strip + y * frame.row_slots);
     }
     for (int64_t n = 0; n < frame.images; ++n) {
-      const Map& out = args_.out;
-      S* to = static_cast<S*>(out.data) + order_[unit.first + n] * out.stride[0] + output * out.stride[1] +
-              rows.begin * width;
+      S* to = target(n);
       const T* from = strip + n;
-      for (int64_t y = rows.begin; y < rows.end; ++y, from += frame.row_slots, to += width) {
+      for (int64_t y = 0; y < height; ++y, from += frame.row_slots, to += width) {
         if (frame.images == 1) {
           convert(from, to, width);
         } else {
@@ -313,22 +316,35 @@ class MaskedForward {
     }
   }
 
+  static void finish_vectors(int64_t vectors, T scale, T shift, Activation activation, const T* from, T* to) {
+    const auto write = [=](auto activate) {
+      for (int64_t v = 0; v < vectors * kLanes<T>; v += kLanes<T>) {
+        store<T>(to + v, activate(load<T>(from + v) * scale + shift));
+      }
+    };
+    if (activation == Activation::kNone) return write([](Vec<T> v) { return v; });
+    if (activation == Activation::kRelu) return write([](Vec<T> v) { return relu<T>(v); });
+    write([](Vec<T> v) { return relu6(v); });
+  }
+
   // The largest elements of windows of two rows from `from` on and two columns; `to` may be the first of the rows.
   void pool_rows(const Frame<T>& frame, T* from, T* to) const {
     constexpr auto lanes = std::make_integer_sequence<int, kLanes<T>>();
-    const int64_t images = frame.images, width = s_.columns.output() * images;
-    for (int64_t i = 0; i < width; i += kLanes<T>) {
-      store<T>(from + i, larger<T>(load<T>(from + i), load<T>(from + frame.row_slots + i)));
-    }
+    const int64_t images = frame.images, columns = s_.columns.output() * images, width = s_.out_width();
     if (images > 1) {
-      for (int64_t x = 0; x < s_.out_width(); ++x) {
+      for (int64_t i = 0; i < columns; i += kLanes<T>) {
+        store<T>(from + i, larger<T>(load<T>(from + i), load<T>(from + frame.row_slots + i)));
+      }
+      for (int64_t x = 0; x < width; ++x) {
         const T *left = from + 2 * x * images, *right = left + images;
         for (int64_t n = 0; n < images; ++n) to[x * images + n] = larger(left[n], right[n]);
       }
       return;
     }
-    for (int64_t x = 0; x < s_.out_width(); x += kLanes<T>) {
-      const Vec<T> a = load<T>(from + 2 * x), b = load<T>(from + 2 * x + kLanes<T>);
+    for (int64_t x = 0; x < width; x += kLanes<T>) {
+      const T *first = from + 2 * x, *second = first + frame.row_slots;
+      const Vec<T> a = larger<T>(load<T>(first), load<T>(second));
+      const Vec<T> b = larger<T>(load<T>(first + kLanes<T>), load<T>(second + kLanes<T>));
       store<T>(to + x, larger<T>(even_lanes<T>(a, b, lanes), odd_lanes<T>(a, b, lanes)));
     }
   }
@@ -342,15 +358,12 @@ class MaskedForward {
         for (int64_t x = 0; x < s_.columns.output(); ++x) row[x * frame.images] *= gate;
       }
     }
-    for (int64_t v = 0; v < vectors; ++v) {
-      store<T>(strip + v * kLanes<T>, activated(load<T>(strip + v * kLanes<T>)));
-    }
+    finish_vectors(vectors, T(1), T(0), s_.activation, strip, strip);
   }
 
-  Vec<T> activated(Vec<T> v) const {
-    if (s_.activation == masked_conv2d::Activation::kNone) return v;
+  static Vec<T> relu6(Vec<T> v) {
     const Vec<T> positive = relu<T>(v), six = splat<T>(6);
-    return s_.activation == masked_conv2d::Activation::kRelu ? positive : (positive > six ? six : positive);
+    return positive > six ? six : positive;
   }
 
   // Zeros behind the last output of a shorter list.

@@ -43,6 +43,8 @@ struct Frame {
     const int64_t width = s.columns.output() * images;
     return (separate ? rows * row_slots : round_up<T>((rows - 1) * pitch + width)) / kLanes<T>;
   }
+  // Whether the vectors of a strip are its results, position by position, and nothing else.
+  bool in_order(const MaskedSizes& s) const { return separate && images == 1 && row_slots == s.columns.output(); }
   // Of the vectors computed, the part that is results, in percent.
   int64_t filled(const MaskedSizes& s) const {
     return 100 * images * s.conv_positions() / (vectors(s, s.rows.output()) * kLanes<T>);
@@ -59,14 +61,15 @@ inline int64_t images_together(const MaskedSizes& s) {
 }
 
 // What a frame's loops look up: where the vectors of a strip begin in the planes and which rows they are of, the taps,
-// and where an image's columns go.
+// and where an image's rows and columns go.
 template <typename T>
 struct Walk {
   int64_t* vector;
   Range* row;  // of results, from the strip's first on
   int64_t* tap;
+  int64_t* line;
   int64_t* column;
-  int64_t width;  // columns that are needed
+  int64_t height, width;  // rows and columns that are needed
 
   Walk(const MaskedSizes& s, const Frame<T>& frame, const Host& host) {
     const int64_t count = frame.vectors(s, frame.strip_rows), per_row = frame.row_slots / kLanes<T>;
@@ -81,6 +84,9 @@ struct Walk {
     for (int64_t k = 0; k < s.taps(); ++k) {
       tap[k] = frame.place(s, k / s.columns.kernel * s.rows.dilation, k % s.columns.kernel * s.columns.dilation);
     }
+    height = std::clamp<int64_t>(s.rows.needed() - s.rows.padding, 0, s.rows.input);
+    line = shared<int64_t>(host, height);
+    for (int64_t y = 0; y < height; ++y) line[y] = frame.place(s, s.rows.padding + y, 0);
     width = std::clamp<int64_t>(s.columns.needed() - s.columns.padding, 0, s.columns.input);
     column = shared<int64_t>(host, width);
     for (int64_t x = 0; x < width; ++x) column[x] = frame.place(s, 0, s.columns.padding + x);
@@ -97,19 +103,29 @@ struct Walk {
   }
 };
 
+template <typename S, typename T>
+inline void copy_row(const S* from, T* to, int64_t n) {
+  if constexpr (std::is_same_v<S, T>) {
+    if (n % kLanes<T> == 0) {
+      for (int64_t i = 0; i < n; i += kLanes<T>) store<T>(to + i, load<T>(from + i));
+      return;
+    }
+  }
+  convert(from, to, n);
+}
+
 // Channel c of the images listed, each `frame.images` in turn, into its planes, which are zero elsewhere.
 template <typename S, typename T>
 inline void write_channel(const MaskedSizes& s, const Frame<T>& frame, const Walk<T>& walk, const Map& x,
                           const int64_t* images, int64_t c, T* to) {
   std::memset(to, 0, frame.channel * sizeof(T));
-  const int64_t rows = std::min(s.rows.input, s.rows.needed() - s.rows.padding);
   const bool dense = s.columns.stride == 1 && frame.images == 1 && x.stride[3] == 1;
   for (int64_t n = 0; n < frame.images; ++n) {
     const S* from = static_cast<const S*>(x.data) + images[n] * x.stride[0] + c * x.stride[1];
-    for (int64_t y = 0; y < rows; ++y, from += x.stride[2]) {
-      T* row = to + n + frame.place(s, y + s.rows.padding, 0);
+    for (int64_t y = 0; y < walk.height; ++y, from += x.stride[2]) {
+      T* row = to + n + walk.line[y];
       if (dense) {
-        if (walk.width > 0) convert(from, row + walk.column[0], walk.width);
+        if (walk.width > 0) copy_row(from, row + walk.column[0], walk.width);
         continue;
       }
       for (int64_t i = 0; i < walk.width; ++i) row[walk.column[i]] = to_accumulate(from[i * x.stride[3]]);
