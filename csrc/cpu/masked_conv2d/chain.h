@@ -1,5 +1,5 @@
-// Layers one after another. Where there are enough images, a group of them goes through all layers on one thread: maps
-// and weights are read while they are in its cache, and threads meet once.
+// Layers one after another. Where there are enough images, a group of them goes through all layers on one thread: what
+// lies between layers stays in its cache, and threads meet once.
 #pragma once
 
 #include <new>
@@ -27,15 +27,10 @@ class MaskedChain {
   }
 
   void run() const {
-    if (by_groups_) {
-      return parallel(host_, groups_.count, [&](int64_t group) {
-        for (int64_t i = 0; i < count_; ++i) {
-          layers_[i].weight != nullptr ? forwards_[i].run_group(group) : mean(layers_[i], groups_.all[group]);
-        }
-      });
-    }
+    if (by_groups_) return run_groups();
     for (int64_t i = 0; i < count_; ++i) {
-      layers_[i].weight != nullptr ? forwards_[i].run() : mean(layers_[i], {0, 0, layers_[i].sizes.batch});
+      const Ends whole{{layers_[i].x, groups_.order}, {layers_[i].out, groups_.order}};
+      layers_[i].weight != nullptr ? forwards_[i].run() : mean(layers_[i], {0, 0, layers_[i].sizes.batch}, whole);
     }
   }
 
@@ -59,24 +54,57 @@ class MaskedChain {
     return 5 * most * host_.threads <= 6 * layers_[0].sizes.batch;
   }
 
-  void mean(const MaskedConv2d& layer, const Groups::Group& group) const {
+  void run_groups() const {
+    int64_t most = 0, memory = 0, maps = 0;
+    int64_t* places = shared<int64_t>(host_, layers_[0].sizes.batch);  // of a group's images in memory of its own
+    for (int64_t g = 0; g < groups_.count; ++g) {
+      most = std::max(most, groups_.all[g].images);
+      for (int64_t i = 0; i < groups_.all[g].images; ++i) places[groups_.all[g].first + i] = i;
+    }
+    for (int64_t i = 0; i < count_; ++i) {
+      if (layers_[i].weight != nullptr) memory = std::max(memory, forwards_[i].memory());
+      maps = std::max(maps, most * layers_[i].out.stride[0]);
+    }
+    const int64_t size = 2 * ((maps + 63) / 64 * 64) * sizeof(S);  // what a layer reads and what it writes
+    parallel(host_, groups_.count, [&](int64_t group) {
+      char* own = static_cast<char*>(host_.scratch(size + memory * sizeof(T)));
+      Images x{layers_[0].x, groups_.order};
+      for (int64_t i = 0; i < count_; ++i) {
+        const MaskedConv2d& layer = layers_[i];
+        Images out{layer.out, groups_.order};
+        if (i + 1 < count_) {
+          out.maps.data = own + (i % 2) * size / 2;
+          out.places = places;
+        }
+        if (layer.weight != nullptr) {
+          forwards_[i].run_group(group, {x, out}, reinterpret_cast<T*>(own + size));
+        } else {
+          mean(layer, groups_.all[group], {x, out});
+        }
+        x = out;
+      }
+    });
+  }
+
+  static void mean(const MaskedConv2d& layer, const Groups::Group& group, const Ends& ends) {
     const MaskedSizes& s = layer.sizes;
     const T factor = T(1) / static_cast<T>(s.rows.input * s.columns.input);
     for (int64_t i = group.first; i < group.first + group.images; ++i) {
-      const int64_t n = groups_.order[i];
-      const S* from = static_cast<const S*>(layer.x.data) + n * layer.x.stride[0];
-      S* to = static_cast<S*>(layer.out.data) + n * layer.out.stride[0];
-      for (int64_t c = 0; c < s.inputs; ++c) from_accumulate(sum(layer, from + c * layer.x.stride[1]) * factor, to[c]);
+      const S* from = ends.x.image<const S>(i);
+      S* to = ends.out.image<S>(i);
+      for (int64_t c = 0; c < s.inputs; ++c) {
+        from_accumulate(sum(s, ends.x.maps, from + c * ends.x.maps.stride[1]) * factor, to[c]);
+      }
     }
   }
 
   // Of a channel's positions.
-  static T sum(const MaskedConv2d& layer, const S* from) {
+  static T sum(const MaskedSizes& s, const Map& maps, const S* from) {
     T total = 0;
-    for (int64_t y = 0; y < layer.sizes.rows.input; ++y) {
+    for (int64_t y = 0; y < s.rows.input; ++y) {
       T row = 0;
-      const S* at = from + y * layer.x.stride[2];
-      for (int64_t x = 0; x < layer.sizes.columns.input; ++x) row += to_accumulate(at[x * layer.x.stride[3]]);
+      const S* at = from + y * maps.stride[2];
+      for (int64_t x = 0; x < s.columns.input; ++x) row += to_accumulate(at[x * maps.stride[3]]);
       total += row;
     }
     return total;

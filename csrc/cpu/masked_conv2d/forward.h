@@ -90,6 +90,20 @@ inline T larger(T a, T b) {
 // Below so many operations a second thread takes longer to start than it saves.
 constexpr int64_t kWorthThreads = 600000;
 
+// The maps of some images: that of order[i] is number places[i] of `maps`.
+struct Images {
+  Map maps;
+  const int64_t* places;
+
+  template <typename S>
+  S* image(int64_t i) const {
+    return static_cast<S*>(maps.data) + places[i] * maps.stride[0];
+  }
+};
+struct Ends {
+  Images x, out;
+};
+
 // Images in the order of their sub-networks, in groups of one sub-network each.
 struct Groups {
   struct Group {
@@ -134,7 +148,12 @@ class MaskedForward {
 
  public:
   MaskedForward(const MaskedConv2d& args, const Groups& groups, const Host& host)
-      : args_(args), host_(host), s_(args.sizes), blocks_(args, host), order_(groups.order) {
+      : args_(args),
+        host_(host),
+        s_(args.sizes),
+        blocks_(args, host),
+        order_(groups.order),
+        whole_{{args.x, groups.order}, {args.out, groups.order}} {
     scale_ = vector(args.scale, s_.out_channels);
     shift_ = vector(args.shift, s_.out_channels);
     gate_ = vector(args.gate, s_.batch * s_.outputs);
@@ -151,11 +170,16 @@ class MaskedForward {
     const int64_t operations = 2 * blocks_.panels / s_.subnets * s_.batch * s_.conv_positions();
     const int64_t threads = operations < kWorthThreads ? 1 : host_.threads;
     if (threads > 1 && units_count_ < 2 * threads) return run_blocks();
-    parallel(host_, threads, [&](int64_t task) { run_units(part_of(units_count_, threads, task)); });
+    parallel(host_, threads, [&](int64_t task) {
+      run_units(part_of(units_count_, threads, task), whole_, static_cast<T*>(host_.scratch(memory() * sizeof(T))));
+    });
   }
 
-  // By the calling thread.
-  void run_group(int64_t group) const { run_units({first_unit_[group], first_unit_[group + 1]}); }
+  // By the calling thread, which has memory() elements for it.
+  void run_group(int64_t group, const Ends& ends, T* memory) const {
+    run_units({first_unit_[group], first_unit_[group + 1]}, ends, memory);
+  }
+  int64_t memory() const { return strip_size_ + planes_size_; }
 
  private:
   const T* vector(const void* data, int64_t numel) const {
@@ -201,27 +225,26 @@ class MaskedForward {
   int64_t inputs_of(const Unit& unit) const { return list_length(args_.inputs + unit.subnet * s_.inputs, s_.inputs); }
   Range blocks_of(const Unit& unit) const { return {blocks_.first[unit.subnet], blocks_.first[unit.subnet + 1]}; }
 
-  void write_planes_of(const Unit& unit, Range channels, T* planes) const {
+  void write_planes_of(const Unit& unit, const Images& x, Range channels, T* planes) const {
     const Frame<T>& frame = frame_of(unit);
     for (int64_t c = channels.begin; c < channels.end; ++c) {
-      write_channel<S>(s_, frame, walks_[unit.frame], args_.x, order_ + unit.first, c, planes + c * frame.channel);
+      write_channel<S>(s_, frame, walks_[unit.frame], x.maps, x.places + unit.first, c, planes + c * frame.channel);
     }
   }
 
   int64_t strip_pitch(const Frame<T>& frame) const { return frame.vectors(s_, frame.strip_rows) * kLanes<T>; }
 
   // Whole units, by the calling thread.
-  void run_units(Range units) const {
-    T* strip = static_cast<T*>(host_.scratch((strip_size_ + planes_size_) * sizeof(T)));
-    T* planes = strip + strip_size_;
+  void run_units(Range units, const Ends& ends, T* memory) const {
+    T *strip = memory, *planes = strip + strip_size_;
     for (int64_t u = units.begin; u < units.end; ++u) {
       const Unit& unit = units_[u];
       const int64_t inputs = inputs_of(unit);
-      write_planes_of(unit, {0, inputs}, planes);
+      write_planes_of(unit, ends.x, {0, inputs}, planes);
       clear_slack(frame_of(unit), inputs, planes);
       const Range blocks = blocks_of(unit);
-      run_strips(unit, planes, {0, (blocks.end - blocks.begin) * frame_of(unit).strips(s_)}, strip);
-      clear_absent(unit);
+      run_strips(unit, ends.out, planes, {0, (blocks.end - blocks.begin) * frame_of(unit).strips(s_)}, strip);
+      clear_absent(unit, ends.out);
     }
   }
 
@@ -243,12 +266,12 @@ class MaskedForward {
       first[u + 1] = first[u] + (blocks.end - blocks.begin) * frame_of(unit).strips(s_);
       channels[u + 1] = channels[u] + inputs;
     }
-    share(channels, [&](const Unit& unit, Range range) { write_planes_of(unit, range, unit.planes); });
+    share(channels, [&](const Unit& unit, Range range) { write_planes_of(unit, whole_.x, range, unit.planes); });
     share(first, [&](const Unit& unit, Range range) {
       T* strip = static_cast<T*>(host_.scratch(strip_size_ * sizeof(T)));
-      run_strips(unit, unit.planes, range, strip);
+      run_strips(unit, whole_.out, unit.planes, range, strip);
     });
-    for (int64_t u = 0; u < units_count_; ++u) clear_absent(units_[u]);
+    for (int64_t u = 0; u < units_count_; ++u) clear_absent(units_[u], whole_.out);
   }
 
   // Splits the items of all units, of which unit u has [first[u], first[u + 1]), among the threads.
@@ -265,7 +288,7 @@ class MaskedForward {
   }
 
   // Items are strips x blocks.
-  void run_strips(const Unit& unit, const T* planes, Range items, T* strip) const {
+  void run_strips(const Unit& unit, const Images& out, const T* planes, Range items, T* strip) const {
     const Frame<T>& frame = frame_of(unit);
     const Range blocks = blocks_of(unit);
     const int64_t count = blocks.end - blocks.begin, pitch = strip_pitch(frame);
@@ -277,20 +300,19 @@ class MaskedForward {
       const int64_t ahead = item + 1 < items.end ? next.panel - block.panel : 0;
       masked_block(s_, frame, walks_[unit.frame], block, top, planes + block.input * frame.channel + top * frame.pitch,
                    panels_ + block.panel, ahead, frame.vectors(s_, rows), strip, pitch);
-      for (int64_t o = 0; o < block.count; ++o) finish(unit, block.output + o, {top, top + rows}, strip + o * pitch);
+      for (int64_t o = 0; o < block.count; ++o)
+        finish(unit, out, block.output + o, {top, top + rows}, strip + o * pitch);
     }
   }
 
   // Scale, shift, gate and activation of one output's strip, and its way to the result.
-  void finish(const Unit& unit, int64_t output, Range rows, T* strip) const {
+  void finish(const Unit& unit, const Images& out, int64_t output, Range rows, T* strip) const {
     const Frame<T>& frame = frame_of(unit);
     const int64_t channel = args_.outputs[unit.subnet * s_.outputs + output], width = s_.out_width();
     const T scale = scale_ == nullptr ? 1 : scale_[channel], shift = shift_ == nullptr ? 0 : shift_[channel];
     const int64_t vectors = frame.vectors(s_, rows.end - rows.begin);
     const auto target = [&](int64_t n) {
-      const Map& out = args_.out;
-      return static_cast<S*>(out.data) + order_[unit.first + n] * out.stride[0] + output * out.stride[1] +
-             rows.begin / s_.pool * width;
+      return out.image<S>(unit.first + n) + output * out.maps.stride[1] + rows.begin / s_.pool * width;
     };
     if constexpr (std::is_same_v<S, T>) {
       if (gate_ == nullptr && s_.pool == 1 && frame.in_order(s_)) {
@@ -367,11 +389,11 @@ class MaskedForward {
   }
 
   // Zeros behind the last output of a shorter list.
-  void clear_absent(const Unit& unit) const {
+  void clear_absent(const Unit& unit, const Images& out) const {
     const int64_t kept = list_length(args_.outputs + unit.subnet * s_.outputs, s_.outputs);
     for (int64_t n = 0; n < frame_of(unit).images; ++n) {
-      S* to = static_cast<S*>(args_.out.data) + order_[unit.first + n] * args_.out.stride[0];
-      std::memset(static_cast<void*>(to + kept * args_.out.stride[1]), 0,
+      S* to = out.image<S>(unit.first + n);
+      std::memset(static_cast<void*>(to + kept * out.maps.stride[1]), 0,
                   (s_.outputs - kept) * s_.out_height() * s_.out_width() * sizeof(S));
     }
   }
@@ -382,6 +404,7 @@ class MaskedForward {
   Blocks blocks_;
   const T *scale_, *shift_, *gate_, *panels_;
   const int64_t* order_;
+  Ends whole_;                       // of all images
   int64_t *first_unit_, *frame_of_;  // by group; by images
   Unit* units_;
   Frame<T>* frames_;
