@@ -104,7 +104,7 @@ struct Walk {
 };
 
 template <typename S, typename T>
-inline void copy_row(const S* from, T* to, int64_t n) {
+inline void write_row(const S* from, T* to, int64_t n) {
   if constexpr (std::is_same_v<S, T>) {
     if (n % kLanes<T> == 0) {
       for (int64_t i = 0; i < n; i += kLanes<T>) store<T>(to + i, load<T>(from + i));
@@ -125,7 +125,7 @@ inline void write_channel(const MaskedSizes& s, const Frame<T>& frame, const Wal
     for (int64_t y = 0; y < walk.height; ++y, from += x.stride[2]) {
       T* row = to + n + walk.line[y];
       if (dense) {
-        if (walk.width > 0) copy_row(from, row + walk.column[0], walk.width);
+        if (walk.width > 0) write_row(from, row + walk.column[0], walk.width);
         continue;
       }
       for (int64_t i = 0; i < walk.width; ++i) row[walk.column[i]] = to_accumulate(from[i * x.stride[3]]);
