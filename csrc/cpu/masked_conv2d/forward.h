@@ -208,7 +208,8 @@ class MaskedForward {
     }
     first_unit_[groups.count] = units_count_;
     for (int64_t f = 0; f < frames_count_; ++f) {
-      strip_size_ = std::max(strip_size_, strip_pitch(frames_[f]) * kTileOutputs);
+      // Pooling reads two vectors of a row, whatever it has.
+      strip_size_ = std::max(strip_size_, strip_pitch(frames_[f]) * kTileOutputs + 2 * kLanes<T>);
     }
   }
 
