@@ -69,7 +69,7 @@ STABLE_TORCH_LIBRARY(pyext, m) {
   m.def("hybrid_block_triton" HYBRID_BLOCK);
   m.def("masked_conv2d" MASKED_CONV2D);
   m.def("masked_conv2d_triton" MASKED_CONV2D);
-  m.def("masked_conv2d_chain(Tensor x, Tensor[] tensors, int[] numbers) -> Tensor");
+  m.def("masked_conv2d_chain(Tensor x, Tensor[] tensors, int[] numbers, Tensor? subnets=None) -> Tensor");
   m.def("masked_conv2d_pack(Tensor weight, Tensor inputs, Tensor outputs, int groups) -> Tensor");
   m.def("masked_conv2d_backward" MASKED_CONV2D_BACKWARD);
   m.def("masked_conv2d_backward_triton" MASKED_CONV2D_BACKWARD);

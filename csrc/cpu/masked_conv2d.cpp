@@ -60,6 +60,19 @@ class Inputs {
     args.x = map_of(x);
   }
 
+  // To take the mean of its maps.
+  explicit Inputs(const Tensor& x) {
+    STD_TORCH_CHECK(x.dim() == 4, "masked_conv2d: x must be (N, C, H, W)");
+    args.dtype = float_type(x, "x");
+    Sizes& s = args.sizes;
+    s.batch = x.size(0);
+    s.subnets = 1;
+    s.inputs = s.outputs = x.size(1);
+    s.rows.input = x.size(2);
+    s.columns.input = x.size(3);
+    args.x = map_of(x);
+  }
+
   // Of the weight's dtype.
   const void* optional(const OptionalTensor& tensor, const Shape& shape, const char* name) {
     if (!tensor.has_value()) return nullptr;
@@ -156,14 +169,23 @@ Tensor forward(const Tensor& x, const Tensor& weight, const OptionalTensor& scal
                const std::vector<int64_t>& numbers, const OptionalTensor& packed, int64_t pool) {
   const Prepared call = prepare(x, weight, scale, shift, inputs, outputs, subnets, gate, numbers, packed, pool);
   CallMemory memory;
-  if (x.size(0) > 0) kernels().forward(call.inputs.args, memory.host());
+  if (x.size(0) > 0) kernels().forward(&call.inputs.args, 1, memory.host());
   return call.out;
 }
 
+// The mean of each channel of x: (N, C, 1, 1).
+Prepared prepare_mean(const Tensor& x) {
+  Inputs call(x);
+  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1), 1, 1});
+  call.args.out = map_of(out);
+  return {std::move(call), std::move(out)};
+}
+
 // Layers one after another, each with six tensors, of which an empty scale or shift stands for none, and its numbers
-// and pool. One call for all: at batch size 1 a layer takes less time than its call, and less than threads take to
-// meet.
-Tensor chain(const Tensor& x, const std::vector<Tensor>& tensors, const std::vector<int64_t>& numbers) {
+// and pool; an empty weight stands for the mean over positions. One call for all: at batch size 1 a layer takes less
+// time than its call, and less than threads take to meet.
+Tensor chain(const Tensor& x, const std::vector<Tensor>& tensors, const std::vector<int64_t>& numbers,
+             const OptionalTensor& subnets) {
   constexpr size_t kTensors = 6;
   const size_t layers = tensors.size() / kTensors;
   STD_TORCH_CHECK(layers > 0 && tensors.size() % kTensors == 0 && numbers.size() == layers * (kNumbers + 1),
@@ -172,25 +194,29 @@ Tensor chain(const Tensor& x, const std::vector<Tensor>& tensors, const std::vec
     return tensor.numel() > 0 ? OptionalTensor(tensor) : OptionalTensor();
   };
   std::vector<Prepared> calls;
+  std::vector<MaskedConv2d> args;
   for (size_t layer = 0; layer < layers; ++layer) {
     const Tensor* own = &tensors[layer * kTensors];
     const auto first = numbers.begin() + layer * (kNumbers + 1);
-    calls.push_back(prepare(layer == 0 ? x : calls.back().out, own[0], optional(own[1]), optional(own[2]), own[3],
-                            own[4], std::nullopt, std::nullopt, {first, first + kNumbers}, own[5], first[kNumbers]));
+    const Tensor& from = layer == 0 ? x : calls.back().out;
+    calls.push_back(own[0].numel() == 0
+                        ? prepare_mean(from)
+                        : prepare(from, own[0], optional(own[1]), optional(own[2]), own[3], own[4], subnets,
+                                  std::nullopt, {first, first + kNumbers}, own[5], first[kNumbers]));
+    args.push_back(calls.back().inputs.args);
   }
-  if (x.size(0) == 0) return calls.back().out;
+  const Tensor out = calls.back().out;
+  if (x.size(0) == 0) return out;
   CallMemory memory;
   const Host host = memory.host();
-  const auto run = [&] {
-    for (const Prepared& call : calls) kernels().forward(call.inputs.args, host);
-  };
+  const auto run = [&] { kernels().forward(args.data(), layers, host); };
   // Fewer images than threads: several regions for every layer.
   if (x.size(0) < host.threads) {
     memory.with_team(run);
   } else {
     run();
   }
-  return calls.back().out;
+  return out;
 }
 
 Tensor pack(const Tensor& weight, const Tensor& inputs, const Tensor& outputs, int64_t groups) {

@@ -18,7 +18,7 @@ struct MaskedConv2d {
   const int64_t* inputs;
   const int64_t* outputs;
   const int64_t* image_subnets;
-  const void* weight;
+  const void* weight;  // null: no convolution, but the mean of each channel of x
   const void* scale;
   const void* shift;
   const void* gate;
@@ -26,7 +26,8 @@ struct MaskedConv2d {
 };
 
 struct MaskedConv2dKernels {
-  void (*forward)(const MaskedConv2d&, const Host&);
+  // Layers of the same images one after another, each reading the result of the one before.
+  void (*forward)(const MaskedConv2d* layers, int64_t count, const Host&);
   // Kept weights to `packed`, of packed_numel elements in the accumulate type.
   void (*pack)(const MaskedConv2d&, void* packed, const Host&);
   int64_t (*packed_numel)(const MaskedConv2d&);

@@ -2,14 +2,14 @@
 //
 // A tile of results, outputs x vectors of positions, stays in registers over all kept inputs and taps; weights come
 // from panels in that order. Operations: 2 x kept inputs x taps x kept outputs x positions; bytes: kept weights once
-// for each unit of images, the maps once.
-#include "cpu/masked_conv2d/forward.h"
+// for each unit of images, the maps once. Taps that meet nothing but padding in all rows of a tile are left out.
+#include "cpu/masked_conv2d/chain.h"
 
 namespace pyext::cpu::PYEXT_CAPABILITY {
 namespace {
 
-void run_forward(const MaskedConv2d& args, const Host& host) {
-  with_element_type(args.dtype, [&](auto element) { MaskedForward<decltype(element)>(args, host).run(); });
+void run_forward(const MaskedConv2d* layers, int64_t count, const Host& host) {
+  with_element_type(layers[0].dtype, [&](auto element) { MaskedChain<decltype(element)>(layers, count, host).run(); });
 }
 
 void run_pack(const MaskedConv2d& args, void* packed, const Host& host) {

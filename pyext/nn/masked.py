@@ -65,13 +65,20 @@ def _as_lists(name: str, given: Channels, size: int, device: torch.device) -> Te
     return kept
 
 
-def _converted(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
-    """Under autocast all in its dtype, as torch's own layers."""
+def autocast(x: Tensor) -> Tensor:
+    """x in the dtype in which torch's own convolutions and linear layers compute now."""
     kind = x.device.type
     if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
+
+
+def _converted(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
+    """Under autocast all in its dtype, as torch's own layers."""
+    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
         return x, list(tensors)
-    dtype = torch.get_autocast_dtype(kind)
-    return x.to(dtype), [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+    own = autocast(x)
+    return own, [None if tensor is None else tensor.to(own.dtype) for tensor in tensors]
 
 
 class MaskedConv2d(_Selected, nn.Conv2d):

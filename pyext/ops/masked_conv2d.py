@@ -12,6 +12,7 @@ Sources: DRNet (arXiv 1911.08691); the gate is that of critical data routing pat
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -193,23 +194,24 @@ class PreparedConv2d:
 
 @dataclass(frozen=True)
 class PreparedChain:
-    """Prepared convolutions, each reading the result of the one before, as one call of an operator."""
+    """Prepared convolutions and means over positions, each reading the result of the one before, as one call."""
 
     tensors: list[Tensor]
     numbers: list[int]
 
     @staticmethod
-    def of(layers: Sequence[PreparedConv2d]) -> PreparedChain:
-        """The convolutions in their order."""
+    def of(layers: Sequence[PreparedConv2d | None]) -> PreparedChain:
+        """The convolutions in their order; None is the mean over positions, which gives maps of 1x1."""
         none = torch.empty(0)
-        found = (getattr(own, name) for own in layers for name in LAYER_TENSORS)
+        found = (getattr(own, name, None) for own in layers for name in LAYER_TENSORS)
         tensors = [none if tensor is None else tensor for tensor in found]
-        return PreparedChain(tensors, [n for own in layers for n in (*own.numbers, own.pool)])
+        numbers = ([0] * LAYER_NUMBERS if own is None else [*own.numbers, own.pool] for own in layers)
+        return PreparedChain(tensors, list(itertools.chain.from_iterable(numbers)))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """The last one's result for x."""
+    def __call__(self, x: Tensor, subnets: Tensor | None = None) -> Tensor:
+        """The last one's result for x (N, C, H, W); `subnets` as in `masked_conv2d`."""
         with _C._AutoDispatchBelowAutograd():
-            return _OPS.masked_conv2d_chain.default(x, self.tensors, self.numbers)
+            return _OPS.masked_conv2d_chain.default(x, self.tensors, self.numbers, subnets)
 
 
 def _differentiated(*tensors: Tensor | None) -> bool:
@@ -307,11 +309,14 @@ def _fake_backward(
     return like(x, for_x, x.dtype), like(weight), like(scale), like(shift), like(gate, True)
 
 
-def _fake_chain(x, tensors, numbers):
+def _fake_chain(x, tensors, numbers, subnets=None):
     layers = zip(_rows(tensors, len(LAYER_TENSORS)), _rows(numbers, LAYER_NUMBERS), strict=True)
     for (weight, scale, shift, inputs, outputs, _), (*own, pool) in layers:
+        if not weight.numel():
+            x = x.new_empty(*x.shape[:2], 1, 1)
+            continue
         scale, shift = (tensor if tensor.numel() else None for tensor in (scale, shift))
-        x = _fake(x, weight, scale, shift, inputs, outputs, None, None, own, None, pool)
+        x = _fake(x, weight, scale, shift, inputs, outputs, subnets, None, own, None, pool)
     return x
 
 

@@ -11,7 +11,7 @@ import copy
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,8 @@ from torch import Tensor, fx, nn
 from pyext._backend import requested
 from pyext._C import unchanged
 from pyext.nn.hooks import has_forward_hooks
-from pyext.nn.masked import split_padding
+from pyext.nn.masked import autocast, split_padding
+from pyext.ops.hybrid_block import OPERATOR as HYBRID_BLOCK
 from pyext.ops.masked_conv2d import (
     ACTIVATIONS,
     OPERATOR,
@@ -32,14 +33,18 @@ from pyext.ops.masked_conv2d import (
     pack_masked_conv2d,
     with_bias,
 )
+from pyext.subnet.blocks import KeptBlock, kept_block, run_whole
 from pyext.subnet.graph import (
     LAYERS,
     NORMS,
+    Block,
+    Layer,
     Norm,
     Plan,
     calls,
     channel_padding,
     is_concatenation,
+    is_mean,
     is_padding,
     is_reshape,
     only_user,
@@ -53,13 +58,17 @@ weights in channels_last are faster (bench/results/subnet_execution/cpu.md)."""
 
 @dataclass(frozen=True)
 class Step:
-    """A node of the network, or a convolution with what follows it; `value` is the node whose value it gives."""
+    """A node of the network, or a convolution with what follows it; `value` is the node whose value it gives.
+
+    With `block` it is the whole module of that path (`Plan.blocks`), of which `node` is the first.
+    """
 
     node: fx.Node
     value: fx.Node
     norm: fx.Node | None = None
     activation: str | None = None
     pool: int = 1
+    block: str | None = None
 
     @property
     def source(self) -> str:
@@ -84,6 +93,33 @@ class Program:
         return Program(steps, unused)
 
 
+class Looked(NamedTuple):
+    """What the layers of a network hold, and what follows from it.
+
+    To ask every layer anew takes a tenth of a small sub-network's time, to see that nothing has changed a hundredth.
+    """
+
+    dictionaries: tuple[dict[str, Any], ...]
+    items: tuple[tuple[Any, ...], ...]
+    tensors: list[Tensor] | None
+    """Parameters and buffers; None where they do not tell whether their values change."""
+    training: bool
+    """Whether a batch norm takes the statistics of the batch."""
+    tracked: bool
+    """Whether every batch norm has running statistics."""
+
+    @staticmethod
+    def at(layers: Sequence[Layer]) -> Looked:
+        """The layers as they are."""
+        dictionaries = [d for m in layers for d in (m.__dict__, m._parameters, m._buffers)]
+        items = tuple(tuple(itertools.chain.from_iterable(d.items())) for d in dictionaries)
+        held = [t for m in layers for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+        versioned = not any(tensor.is_inference() for tensor in held)
+        norms = [m for m in layers if isinstance(m, NORMS)]
+        training, tracked = any(m.training for m in norms), all(m.running_mean is not None for m in norms)
+        return Looked(tuple(dictionaries), items, held if versioned else None, training, tracked)
+
+
 class Recipe:
     """What running sub-networks of one plan takes, whatever their channels: steps, layers, and whether those changed.
 
@@ -95,50 +131,67 @@ class Recipe:
     def __init__(self, plan: Plan):
         self.plan = plan
         self.modules: dict[str, Any] = {node.name: plan.submodule(node) for node in plan.module.graph.nodes}
-        plain, fused = (_steps(plan, fuses) for fuses in (False, True))
+        plain, fused = (_steps(plan, fuses, {}) for fuses in (False, True))
         self.programs = {
             "plain": Program.of([(step,) for step in plain]),
             "fused": Program.of([(step,) for step in fused]),
             "chained": Program.of(_chained(plan, fused)),
+            "blocks": Program.of(_chained(plan, _steps(plan, True, plan.blocks))),
         }
         self.operations = {step.node.name: _operation(step.node, self.modules[step.node.name]) for step in plain}
         numbers: dict[bytes, int] = {}
         self.lists = {name: numbers.setdefault(ids.tobytes(), len(numbers)) for name, ids in plan.channels.items()}
-        self.norms = [layer for _, layer in plan.layers() if isinstance(layer, NORMS)]
         self._layers = [layer for _, layer in plan.layers()]
-        self._seen: tuple[Any, ...] | None = None
+        self._looked: Looked | None = None
+        self._runs_blocks: bool | None = None
         self._versions: list[tuple[int, int]] = []
         self._count = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Recipe:
         return Recipe(copy.deepcopy(self.plan, memo))
 
+    def look(self) -> Looked:
+        """What the layers hold now."""
+        if torch.compiler.is_compiling():
+            return Looked.at(self._layers)
+        if self._looked is None or not unchanged(self._looked.dictionaries, self._looked.items):
+            self._looked, self._versions, self._runs_blocks = Looked.at(self._layers), [], None
+        return self._looked
+
+    def runs_blocks(self) -> bool:
+        """Whether there are modules of HCGNet and `hybrid_block` computes what they do."""
+        if self._runs_blocks is None:
+            self._runs_blocks = bool(self.plan.blocks) and run_whole(self.plan.blocks.values())
+        return self._runs_blocks
+
     def stamp(self) -> int | None:
         """See the class."""
         if torch.compiler.is_compiling():
             return None
-        if self._seen is None or not unchanged(*self._seen[:2]):
-            dictionaries = [d for m in self._layers for d in (m.__dict__, m._parameters, m._buffers)]
-            items = tuple(tuple(itertools.chain.from_iterable(d.items())) for d in dictionaries)
-            tensors = [
-                t for m in self._layers for t in (*m._parameters.values(), *m._buffers.values()) if t is not None
-            ]
-            known = not any(tensor.is_inference() for tensor in tensors)  # those have no version
-            self._seen = tuple(dictionaries), items, tensors, known
-            self._versions = []
-        if not self._seen[3]:
+        tensors = self.look().tensors
+        if tensors is None:
             return None
-        versions = [(tensor._version, tensor.data_ptr()) for tensor in self._seen[2]]
+        versions = [(tensor._version, tensor.data_ptr()) for tensor in tensors]
         if versions != self._versions:
             self._versions, self._count = versions, self._count + 1
         return self._count
 
 
-def _steps(plan: Plan, fused: bool) -> list[Step]:
+def _steps(plan: Plan, fused: bool, blocks: dict[str, Block]) -> list[Step]:
+    """The nodes in their order; with `fused` convolutions and what follows them, each of `blocks` in one step."""
     found: list[Step] = []
     done: set[fx.Node] = set()
-    for node in plan.module.graph.nodes:
+    nodes = {node.name: node for node in plan.module.graph.nodes}
+    starts = {block.first: (nodes[block.last], path) for path, block in blocks.items()}
+    for node in nodes.values():
         if node.op in ("placeholder", "output") or node in done:
+            continue
+        if node.name in starts:
+            value, path = starts[node.name]
+            found.append(Step(node, value, block=path))
+            while node is not value:
+                node = node.next
+                done.add(node)
             continue
         step = _fused(plan, node) if fused and isinstance(plan.submodule(node), nn.Conv2d) else Step(node, node)
         found.append(step)
@@ -190,21 +243,57 @@ def _is_hooked(plan: Plan, node: fx.Node) -> bool:
 
 
 def _chained(plan: Plan, steps: list[Step]) -> list[tuple[Step, ...]]:
-    """Convolutions that each are the only reader of the one before, together."""
+    """Steps of one chain together: convolutions, the mean over positions behind them and a linear layer on that, each
+    the only reader of the one before; or modules of one dense block."""
     found: list[tuple[Step, ...]] = []
+    kinds = {step.node: _kind(plan, step) for step in steps}
     for step in steps:
         last = found[-1][-1] if found else None
-        both = last is not None and all(_takes_part(plan, one) for one in (last, step))
-        if last is not None and both and only_user(last.value) is step.node:
+        if last is not None and _reads_alone(step, last) and kinds[step.node] in _FOLLOWS[kinds[last.node]]:
             found[-1] += (step,)
         else:
             found.append((step,))
+            if kinds[step.node] == "flattening":  # of maps that may be larger than one number
+                kinds[step.node] = None
     return found
 
 
-def _takes_part(plan: Plan, step: Step) -> bool:
+def _reads_alone(step: Step, last: Step) -> bool:
+    if step.block is not None:  # a dense module appends its result to what it reads
+        return step.source == last.value.name and set(last.value.users) == {step.node, step.value}
+    return only_user(last.value) is step.node
+
+
+_FOLLOWS: dict[str | None, tuple[str, ...]] = {
+    "convolution": ("convolution", "mean"),
+    "mean": ("flattening", "linear"),
+    "flattening": ("linear",),
+    "linear": (),
+    "dense": ("dense",),
+    None: (),
+}
+"""What may come next in a chain. A flattening is there behind a mean alone: as in the mean, a map is one number."""
+
+
+def _kind(plan: Plan, step: Step) -> str | None:
+    """What `step` is in a chain."""
+    if step.block is not None:
+        return "dense" if is_concatenation(step.value) else None
     layer = plan.submodule(step.node)
-    return isinstance(layer, nn.Conv2d) and not any(split_padding(layer)[0])
+    if isinstance(layer, nn.Conv2d):
+        return None if any(split_padding(layer)[0]) else "convolution"
+    if isinstance(layer, nn.Linear):
+        return "linear"
+    if _is_hooked(plan, step.node):
+        return None
+    if is_mean(plan, step.node):
+        return "mean"
+    return "flattening" if flattens(plan, step.node) else None
+
+
+def flattens(plan: Plan, node: fx.Node) -> bool:
+    """Whether `node` makes features of maps."""
+    return is_reshape(node) or isinstance(plan.submodule(node), nn.Flatten)
 
 
 def _operation(node: fx.Node, module: nn.Module | None) -> Callable[[dict[str, Any]], Any]:
@@ -256,7 +345,7 @@ class Compact:
     selections: Sequence[np.ndarray]
     bytes: int = 0
     _lists: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict)
-    _gathered: dict[tuple[str, type], Any] = field(default_factory=dict)
+    _gathered: dict[tuple[str, type, int], Any] = field(default_factory=dict)
     _indices: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)
     _stamp: int | None = None
     _suits_dense: bool | None = None
@@ -279,9 +368,9 @@ class Compact:
         self._gathered.clear()
         self.bytes = 0
 
-    def gathered(self, step: Step, kind: type, make: Callable[[Step], Any]) -> Any:
+    def gathered(self, step: Step, kind: type, make: Callable[[Step], Any], selection: int = 0) -> Any:
         """What `make` makes of the weights of `step`, kept until they change."""
-        key = step.node.name, kind
+        key = step.node.name, kind, selection
         found = self._gathered.get(key)
         if found is None:
             self._gathered[key] = found = make(step)
@@ -308,20 +397,21 @@ class Compact:
 
     def run(self, x: Tensor, subnets: Tensor | None = None) -> Tensor:
         """The logits of images x (N, C, H, W); `subnets` int64 (N,) gives each image's sub-network, if several."""
-        recipe = self.recipe
-        training = any(norm.training for norm in recipe.norms)
-        if subnets is not None and training:
+        recipe, looked = self.recipe, self.recipe.look()
+        if subnets is not None and looked.training:
             raise ValueError("task: images of several sub-networks have no batch statistics in common: call eval()")
-        fused = not training and all(norm.running_mean is not None for norm in recipe.norms)
+        fused = not looked.training and looked.tracked
         run = _Run(self, subnets, x, self._keeps())
-        chains = fused and run.prepared and not run.dense and subnets is None
-        program = recipe.programs["chained" if chains else "fused" if fused else "plain"]
+        chains = fused and run.prepared and not run.dense
+        whole = chains and recipe.runs_blocks() and HYBRID_BLOCK.has_kernel(x) and not torch.is_autocast_enabled("cpu")
+        name = "blocks" if whole else "chained" if chains else "fused" if fused else "plain"
+        program = recipe.programs[name]
         if run.dense:
             x = x.contiguous(memory_format=torch.channels_last)
         values: dict[str, Any] = {next(iter(self.plan.module.graph.nodes)).name: x}
         result: Any = x
         for steps, unused in zip(program.steps, program.unused, strict=True):
-            result = run.value(steps[0], values) if len(steps) == 1 else run.chain(steps, values)
+            result = run.steps(steps, values)
             for name in unused:
                 del values[name]
             values[steps[-1].value.name] = result
@@ -385,6 +475,33 @@ class _Run:
             and compact.suits_dense()
         )
 
+    def steps(self, steps: tuple[Step, ...], values: dict[str, Any]) -> Any:
+        """The value of the last of `steps`."""
+        if steps[0].block is not None:
+            return self._blocks(steps, values[steps[0].source])
+        return self.value(steps[0], values) if len(steps) == 1 else self.chain(steps, values)
+
+    def _blocks(self, steps: tuple[Step, ...], x: Tensor) -> Tensor | None:
+        """Modules of one dense block, or a transition."""
+        if self.subnets is None:
+            return self._block(steps, x, 0)
+        longest = self.compact.lists(steps[-1].value.name).shape[1]
+        out: Tensor | None = None
+        for selection in self.subnets.unique().tolist() or [0]:
+            images = (self.subnets == selection).nonzero()[:, 0]
+            own = x[images][:, : len(self.compact.kept(steps[0].source, selection))]
+            y = self._block(steps, own, selection)
+            out = x.new_zeros(len(x), longest, *y.shape[2:]) if out is None else out
+            out[images, : y.shape[1]] = y
+        return out
+
+    def _block(self, steps: tuple[Step, ...], x: Tensor, selection: int) -> Tensor:
+        def make(_: Step) -> KeptBlock:
+            paths, dense = [str(step.block) for step in steps], is_concatenation(steps[-1].value)
+            return kept_block(self.compact.plan, paths, self.compact.selections[selection], dense)
+
+        return self.compact.gathered(steps[0], KeptBlock, make, selection)(x)
+
     def value(self, step: Step, values: dict[str, Any]) -> Any:
         """The value of `step`."""
         node = step.node
@@ -406,12 +523,16 @@ class _Run:
         return result
 
     def chain(self, steps: tuple[Step, ...], values: dict[str, Any]) -> Tensor:
-        """The value of the last of several convolutions."""
+        """The value of the last of several steps that follow one another."""
 
         def make(_: Step) -> PreparedChain:
-            return PreparedChain.of([self._prepared(step) for step in steps])
+            links = [step for step in steps if not flattens(self.compact.plan, step.node)]
+            return PreparedChain.of([self._link(step) for step in links])
 
-        return self.compact.gathered(steps[0], PreparedChain, make)(values[steps[0].source])
+        x = autocast(values[steps[0].source])
+        result = self.compact.gathered(steps[0], PreparedChain, make)(x, self.subnets)
+        whole = self.compact.plan.shapes[steps[-1].value.name]
+        return result if len(whole) == result.dim() - 1 else result.flatten(1)
 
     def _joined(self, node: fx.Node, selection: int) -> np.ndarray:
         """Where the channels of a sub-network stand in a concatenation of tensors that have room for any's."""
@@ -436,6 +557,7 @@ class _Run:
         before, padding = split_padding(conv)
         if any(before):
             x = F.pad(x, before)
+        x = autocast(x)
         if self.prepared:
             return self.compact.gathered(step, PreparedConv2d, self._prepared)(x, self.subnets)
         norm = None if step.norm is None else self.recipe.modules[step.norm.name]
@@ -478,6 +600,18 @@ class _Run:
         packed = pack_masked_conv2d(conv.weight, **lists, groups=conv.groups)
         return PreparedConv2d(conv.weight, scale, shift, **lists, numbers=numbers, packed=packed, pool=step.pool)
 
+    def _link(self, step: Step) -> PreparedConv2d | None:
+        """A step of a chain; None is the mean."""
+        layer = self.recipe.modules[step.node.name]
+        if isinstance(layer, nn.Conv2d):
+            return self._prepared(step)
+        if not isinstance(layer, nn.Linear):
+            return None
+        weight = layer.weight.detach()[:, :, None, None]
+        inputs, outputs = self.compact.lists(step.source), self.compact.lists(step.node.name)
+        packed = pack_masked_conv2d(weight, inputs=inputs, outputs=outputs)
+        return PreparedConv2d(weight, None, layer.bias, inputs, outputs, [1, 1, 0, 0, 1, 1, 1, 0], packed)
+
     def _dense(self, step: Step) -> Dense:
         conv, scale, shift = self._constants(step)
         inputs, outputs = self.compact.lists(step.source)[0], self.compact.lists(step.node.name)[0]
@@ -490,7 +624,9 @@ class _Run:
     def _linear(self, step: Step, layer: nn.Linear, x: Tensor) -> Tensor:
         inputs, outputs = self.compact.lists(step.source), self.compact.lists(step.node.name)
         if self.subnets is not None:
-            return masked_linear(x, layer.weight, layer.bias, inputs=inputs, outputs=outputs, subnets=self.subnets)
+            return masked_linear(
+                autocast(x), layer.weight, layer.bias, inputs=inputs, outputs=outputs, subnets=self.subnets
+            )
         if self.prepared:
             return self.compact.gathered(step, KeptLinear, lambda _: KeptLinear.of(layer, inputs[0], outputs[0]))(x)
         return KeptLinear.of(layer, inputs[0], outputs[0])(x)

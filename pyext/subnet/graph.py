@@ -69,6 +69,17 @@ class UnsupportedNetwork(ValueError):
 
 
 @dataclass(frozen=True, eq=False)
+class Block:
+    """An SMG module or transition in a trace, which has its submodules alone."""
+
+    module: SMG | Transition
+    first: str
+    """The first of its nodes."""
+    last: str
+    """That of its result before any DropBlock."""
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
     """A traced network and the group of every channel.
 
@@ -80,6 +91,7 @@ class Plan:
         classes: the group of each output of the network, int64 (num_classes,).
         fixed: groups that are always kept: the image's channels and hidden linear layers' features, bool (groups,).
         input_shape: (C, H, W).
+        blocks: by path, HCGNet's modules.
     """
 
     module: fx.GraphModule
@@ -89,6 +101,7 @@ class Plan:
     classes: np.ndarray
     fixed: np.ndarray
     input_shape: tuple[int, ...]
+    blocks: dict[str, Block]
 
     def submodule(self, node: fx.Node) -> nn.Module | None:
         """The module that `node` calls, or None."""
@@ -142,6 +155,8 @@ def plan(model: nn.Module, input_shape: tuple[int, ...]) -> Plan:
             tracer = _Tracer()
             with torch.enable_grad():  # without, modules may choose their form by the device of the images
                 graph = tracer.trace(model)
+            for node in graph.nodes:
+                node.type = None  # annotations that are strings would keep the module from being pickled
             traced = fx.GraphModule(tracer.root, graph, type(model).__name__)
         except Exception as error:  # a network's own code runs under the tracer, so anything can be raised
             name = type(model).__name__
@@ -149,11 +164,19 @@ def plan(model: nn.Module, input_shape: tuple[int, ...]) -> Plan:
         like, shapes = next(model.parameters(), torch.empty(0)), _Shapes(traced)
         with torch.no_grad():
             shapes.run(torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device))
-    return _Follower(traced, tuple(input_shape), shapes.found).plan()
+    return _Follower(traced, tuple(input_shape), shapes.found).plan(tracer.blocks)
 
 
 class _Tracer(fx.Tracer):
-    """Follows a network down to torch's modules and to those of `pyext.nn` that keep channels apart."""
+    """Follows a network down to torch's modules and to those of `pyext.nn` that keep channels apart.
+
+    Attributes:
+        blocks: as `Plan` has them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks: dict[str, Block] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m) is DropBlock2d or super().is_leaf_module(m, module_qualified_name)
@@ -161,9 +184,16 @@ class _Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if type(m) in _PLAIN and not has_forward_hooks(m):
+        plain = type(m) in _PLAIN and not has_forward_hooks(m)
+        if plain:
             forward = m.plain  # type: ignore[assignment]
-        return super().call_module(m, forward, args, kwargs)
+        before = next(iter(reversed(self.graph.nodes)))
+        result = super().call_module(m, forward, args, kwargs)
+        if plain and isinstance(m, (SMG, Transition)):
+            drops = result.node.target == f"{self.path_of_module(m)}.dropblock"
+            last = result.node.args[0] if drops else result.node
+            self.blocks[self.path_of_module(m)] = Block(m, before.next.name, last.name)
+        return result
 
 
 class _Shapes(fx.Interpreter):
@@ -222,7 +252,7 @@ class _Follower:
         self.fixed: list[np.ndarray] = []
         self.called: set[str] = set()
 
-    def plan(self) -> Plan:
+    def plan(self, blocks: dict[str, Block]) -> Plan:
         graph, classes = self.module.graph, np.empty(0, dtype=np.int64)
         for node in graph.nodes:
             if node.op == "output":
@@ -237,7 +267,7 @@ class _Follower:
         fixed[numbers[classes]] = False
         shapes = {node.name: shape for node, shape in self.shapes.items()}
         gates = self._gates(set(numbers[classes].tolist()), channels, fixed)
-        return Plan(self.module, channels, shapes, gates, numbers[classes], fixed, self.input_shape)
+        return Plan(self.module, channels, shapes, gates, numbers[classes], fixed, self.input_shape, blocks)
 
     def _classes(self, output: fx.Node) -> np.ndarray:
         logits = output.args[0]
@@ -423,6 +453,20 @@ def is_padding(node: fx.Node) -> bool:
 def is_reshape(node: fx.Node) -> bool:
     """Whether `node` flattens maps to features by numbers that hold for the whole network alone."""
     return node.op in ("call_function", "call_method") and _name(node) in _RESHAPES
+
+
+def is_mean(plan: Plan, node: fx.Node) -> bool:
+    """Whether `node` is the mean of maps over all positions."""
+    module = plan.submodule(node)
+    if type(module) is nn.AdaptiveAvgPool2d:
+        return module.output_size in (1, (1, 1))
+    if node.op not in ("call_function", "call_method") or len(plan.shapes.get(str(node.args[0]), ())) != 3:
+        return False
+    size, rest = node.args[1:2], set(node.kwargs) - {"dim", "keepdim"}
+    if _name(node) == "adaptive_avg_pool2d":
+        return size in ((1,), ((1, 1),)) and not node.kwargs
+    dims = node.kwargs.get("dim", *size)
+    return _name(node) == "mean" and not rest and isinstance(dims, (tuple, list)) and {d % 4 for d in dims} == {2, 3}  # type: ignore[operator]
 
 
 def is_concatenation(node: fx.Node) -> bool:

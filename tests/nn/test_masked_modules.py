@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
+from exactness import doubled, inexact
 from torch import nn
 
 from pyext.nn import MaskedConv2d, MaskedLinear
@@ -111,11 +113,15 @@ def test_linear():
 @pytest.mark.parametrize("layer", [MaskedConv2d(4, 6, 3, padding=1), MaskedLinear(4, 6)])
 def test_autocast_computes_in_its_dtype(layer):
     layer.select([0, 2], [1, 2])
-    x = torch.randn(3, 2, 5, 5) if isinstance(layer, MaskedConv2d) else torch.randn(3, 2)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = layer(x)
-    assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out.float(), layer(x), rtol=0.05, atol=0.05)
+    if isinstance(layer, MaskedConv2d):
+        x, plain = torch.randn(3, 2, 5, 5), functools.partial(F.conv2d, padding=1)
+    else:
+        x, plain = torch.randn(3, 2), F.linear
+    kept = x, layer.weight[[1, 2]][:, [0, 2]], layer.bias[[1, 2]]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        out, expected = layer(x), plain(*kept)
+    assert out.dtype == expected.dtype == torch.bfloat16
+    assert not inexact({"out": out}, [([expected], [plain(*doubled(kept))])], {})
 
 
 @pytest.mark.parametrize("kept", [[2, 1], [0, 4], [], [[0], []], torch.tensor([0.0]), torch.tensor([[0, -1], [-1, 0]])])

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from exactness import inexact
 from layouts import MAPS, in_layout
-from masked_inputs import Masked, make_masked
+from masked_inputs import Masked, drawn_lists, make_masked
 
 from pyext import _backend
 from pyext.ops import masked_conv2d, masked_linear, pack_masked_conv2d
+from pyext.ops.masked_conv2d import PreparedChain, PreparedConv2d
 
 LAYERS = {
     "vgg16, 32x32": Masked(3, 64, 32, 32, 64, keep=0.25),
@@ -244,6 +247,43 @@ def test_lists_of_several_sub_networks_need_subnets():
     lists = torch.tensor([[0, 1], [1, 2]])
     with pytest.raises(ValueError, match="subnets is None, but the lists are of 2 sub-networks"):
         masked_conv2d(torch.randn(2, 2, 5, 5), torch.randn(4, 6, 3, 3), inputs=lists, outputs=lists)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("batch", "subnets"), [(1, 1), (1, 3), (2, 1), (9, 1), (70, 1), (40, 5), (3, 5), (0, 3)])
+def test_a_chain_is_its_layers_one_after_another(batch, subnets, threads):
+    widths, generator = (3, 12, 20, 9), torch.Generator().manual_seed(0)
+    kept = [drawn_lists(subnets, n, 0.6, generator) for n in widths]
+    x = torch.randn(batch, kept[0].shape[1], 13, 9, dtype=torch.float64, generator=generator)
+    ids = torch.randint(subnets, (batch,), generator=generator) if subnets > 1 else None
+    layers, expected = [], x
+    for (before, after), (inputs, outputs), pool, size in zip(
+        itertools.pairwise(widths), itertools.pairwise(kept), (2, 1, 1), (3, 3, 1), strict=True
+    ):
+        weight, scale, shift = (
+            torch.randn(*shape, dtype=torch.float64, generator=generator)
+            for shape in ((after, before, size, size), (after,), (after,))
+        )
+        lists = {"inputs": inputs, "outputs": outputs}
+        packed = pack_masked_conv2d(weight, **lists)
+        numbers = [1, 1, size // 2, size // 2, 1, 1, 1, 1]
+        if size == 1:
+            layers.append(None)
+            expected = expected.mean((2, 3), keepdim=True)
+        layers.append(PreparedConv2d(weight, scale, shift, **lists, numbers=numbers, packed=packed, pool=pool))
+        options = {"scale": scale, "shift": shift, "activation": "relu", "padding": size // 2, "pool": pool}
+        expected = masked_conv2d(expected, weight, **lists, subnets=ids, **options, backend="reference")
+    found = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        torch.testing.assert_close(PreparedChain.of(layers)(x, ids), expected, rtol=1e-12, atol=1e-12)
+    finally:
+        torch.set_num_threads(found)
+
+
+def test_a_mean_alone_is_torchs():
+    x = torch.randn(3, 5, 7, 6, dtype=torch.float64).transpose(2, 3)
+    torch.testing.assert_close(PreparedChain.of([None])(x), x.mean((2, 3), keepdim=True), rtol=1e-13, atol=1e-13)
 
 
 def test_compiles_whole():

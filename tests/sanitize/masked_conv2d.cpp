@@ -85,11 +85,30 @@ class Call {
       if (!Tensors::written(packed, numel)) return "packed";
       args_.packed = packed;
     }
-    kernels().forward(args_, host);
+    S* means = memory_.blank<S>(args_.sizes.batch * args_.sizes.outputs);
+    const MaskedConv2d layers[] = {args_, mean(means)};
+    kernels().forward(layers, 2, host);
+    if (!Tensors::written(means, args_.sizes.batch * args_.sizes.outputs)) return "means";
+    kernels().forward(layers, 1, host);
     return Tensors::written(out_, numel_) ? nullptr : "out";
   }
 
  private:
+  // That of the result, as a second layer.
+  MaskedConv2d mean(S* to) const {
+    const Sizes& s = args_.sizes;
+    MaskedConv2d layer{};
+    layer.dtype = layer.parameter_dtype = args_.dtype;
+    layer.sizes.batch = s.batch;
+    layer.sizes.subnets = 1;
+    layer.sizes.inputs = layer.sizes.outputs = s.outputs;
+    layer.sizes.rows.input = s.out_height();
+    layer.sizes.columns.input = s.out_width();
+    layer.x = args_.out;
+    layer.out = map_of(to, s.outputs, 1, 1, false);
+    return layer;
+  }
+
   static const MaskedConv2dKernels& kernels() { return PYEXT_CAPABILITY::masked_conv2d_kernels; }
 
   std::vector<int64_t> inputs_, outputs_, subnets_;

@@ -8,6 +8,7 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
+from exactness import inexact
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import CLASSES, NETWORKS, Zeroed, drawn_atlas, network
@@ -15,6 +16,7 @@ from torch import nn
 
 from pyext.nn import SMG
 from pyext.subnet import AtlasError, UnsupportedNetwork, plan, recalibrate, reconstruct
+from pyext.subnet.blocks import KeptBlock
 
 CASES = {}
 GROUPED = ("mixed", "resnext", "hcgnet", "hcgnet imagenet", "hcgnet published")
@@ -225,8 +227,44 @@ def test_float32_uses_torchs_convolutions_for_batches_and_agrees(batch):
             torch.testing.assert_close(subnet(x), expected, rtol=1e-4, atol=1e-5)
         model.features.block1[0].weight.mul_(2)
         assert not torch.allclose(subnet(x), expected, rtol=1e-3)
-    kinds = {kind.__name__ for _, kind in subnet._compact._gathered}
-    assert kinds == {"Dense" if batch >= 8 else "PreparedChain", "KeptLinear"}
+    kinds = {kind.__name__ for _, kind, _ in subnet._compact._gathered}
+    assert kinds == ({"Dense", "KeptLinear"} if batch >= 8 else {"PreparedChain"})
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("name", ["vgg16", "hcgnet", "mobilenet_v2"])
+def test_autocast_computes_in_its_dtype_as_exactly_as_torch(name, gradients):
+    model, shape = network(name)
+    subnet = reconstruct(model.float(), drawn_atlas(model, shape), [[0, 1], [1, 4]], keep=0.3)
+    x, ids = torch.randn(6, *shape), torch.tensor([0, 1, 0, 0, 1, 1])
+    small = subnet.materialize()
+    with torch.no_grad():
+        truth = copy.deepcopy(small).double()(x.double())
+    with torch.set_grad_enabled(gradients), torch.autocast("cpu", torch.bfloat16):
+        out, mixed, plain = subnet(x), subnet(x, task=ids)[ids == 0], small(x)
+    assert out.dtype == mixed.dtype == plain.dtype == torch.bfloat16
+    assert not inexact({"logits": out.detach()}, [([plain.detach()], [truth])], {})
+    assert not inexact({"logits": mixed.detach()}, [([plain.detach()[ids == 0]], [truth[ids == 0]])], {})
+
+
+def test_blocks_of_hcgnet_run_whole_and_follow_their_weights():
+    model, shape, atlas = case("hcgnet")
+    model = copy.deepcopy(model)
+    subnet, x = reconstruct(model, atlas, [[0, 1], [2, 3]], keep=0.4), torch.randn(3, *shape, dtype=torch.float64)
+    ids = torch.tensor([1, 0, 1])
+    for _ in range(2):
+        with torch.no_grad():
+            close(subnet(x), subnet.materialize()(x))
+            close(subnet(x, task=ids)[1:2], subnet(x[1:2]))
+        kinds = [kind for _, kind, _ in subnet._compact._gathered]
+        assert kinds.count(KeptBlock) == 3  # two dense blocks and the transition between them
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+    model.features.HybridBlock1.SMG1.bn_forget.eps = 1e-3  # the operator has one eps for all
+    with torch.no_grad():
+        close(subnet(x), subnet.materialize()(x))
+    assert KeptBlock not in {kind for _, kind, _ in subnet._compact._gathered}
 
 
 def test_state_dict_is_the_networks_and_a_copy_is_independent():
@@ -239,6 +277,16 @@ def test_state_dict_is_the_networks_and_a_copy_is_independent():
         parameter.data.zero_()
     assert torch.equal(subnet(x), expected)
     assert not torch.equal(other(x), expected)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_materialised_module_is_saved_and_loaded(name):
+    model, shape, atlas = case(name)
+    small, file = reconstruct(model, atlas, [1, 2], keep=0.5).materialize(), io.BytesIO()
+    torch.save(small, file)
+    file.seek(0)
+    x = torch.randn(2, *shape, dtype=torch.float64)
+    assert torch.equal(torch.load(file, weights_only=False)(x), small(x))
 
 
 @pytest.mark.parametrize("name", ["mixed", "resnet8", "mobilenet_v2", "hcgnet"])
