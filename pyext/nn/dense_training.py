@@ -68,7 +68,7 @@ class _Block(torch.autograd.Function):
         cells = _cells(parameters)
         growth = [cells[last].conv_weight.shape[0] for _, last in plan.places()]
         total = channels + sum(growth)
-        buffer, moments = x.new_empty((n, total, height, width)), x.new_empty((2, total))
+        buffer, moments = _new_buffer(x, total), x.new_empty((2, total))
         buffer[:, :channels] = x
         note_moments(moments, buffer, 0, channels)
         squeezed: list[Tensor] = []
@@ -96,7 +96,7 @@ class _Block(torch.autograd.Function):
         buffer, moments, *rest = ctx.saved_tensors
         count = len(plan.eps) * PARAMETERS
         cells, squeezed = _cells(rest[:count]), rest[count:]
-        grad = grad_out.clone(memory_format=torch.contiguous_format)
+        grad = _new_buffer(grad_out, buffer.shape[1]).copy_(grad_out)
         grads: list[Tensor] = []
         channels = buffer.shape[1]
         for first, last in reversed(plan.places()):
@@ -114,6 +114,12 @@ class _Block(torch.autograd.Function):
             grad[:, :channels] += below
             grads = [*own, *grads]
         return None, None, grad[:, : ctx.channels], *grads
+
+
+def _new_buffer(x: Tensor, channels: int) -> Tensor:
+    """Uninitialised maps like those of x (N, C, H, W), with images innermost: kernels of their own have them."""
+    n, _, height, width = x.shape
+    return x.new_empty((channels, height, width, n)).permute(3, 0, 1, 2)
 
 
 def _cells(parameters: Sequence[Tensor]) -> list[Cell]:

@@ -174,7 +174,9 @@ def bn_relu_conv2d(
         backend: overrides `pyext.backend` and ``PYEXT_BACKEND``.
 
     Returns:
-        (N, channels, ceil(H / stride), ceil(W / stride)) in x's dtype; NCHW from a kernel.
+        (N, channels, ceil(H / stride), ceil(W / stride)) in x's dtype; NCHW from a kernel, but with images innermost
+        where x has them so, on the CPU in float32 or float64 without stride and groups: kernels of their own then, whose
+        vectors small maps fill too.
 
     Raises:
         ValueError: wrong shape, device, stride, groups or eps; training with one value per channel (torch's own
@@ -252,10 +254,31 @@ def update_running(
 # --- registration of shapes and gradients -----------------------------------------------------------------------------
 
 
+def _in_rows(x, stride, groups):
+    """Whether the kernels of csrc/cpu/bn_relu_conv2d/rows.h have x: its images lie innermost, and so do the results'."""
+    n, _, height, width = x.shape
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.float64)
+        and (stride, groups) == (1, 1)
+        and n > 1
+        and x.stride(0) == 1
+        and (width == 1 or x.stride(3) == n)
+        and (height == 1 or x.stride(2) == width * n)
+        and x.stride(1) >= height * width * n
+    )
+
+
+def _new_map(x, channels, height, width, rows):
+    if not rows:
+        return x.new_empty((x.shape[0], channels, height, width))
+    return x.new_empty((channels, height, width, x.shape[0])).permute(3, 0, 1, 2)
+
+
 def _fake(x, norm_weight, norm_bias, conv_weight, mean, var, training, eps, stride, groups):
     validate(x, norm_weight, norm_bias, conv_weight, mean, var, eps, stride, groups, ("mean", "var"))
     height, width = ((n - 1) // stride + 1 for n in x.shape[2:])
-    return x.new_empty((x.shape[0], conv_weight.shape[0], height, width))
+    return _new_map(x, conv_weight.shape[0], height, width, _in_rows(x, stride, groups))
 
 
 def _fake_statistics(x):
@@ -263,10 +286,11 @@ def _fake_statistics(x):
     return tuple(vectors)
 
 
-def _fake_backward(grad_out, x, norm_weight, norm_bias, conv_weight, *_):
+def _fake_backward(grad_out, x, norm_weight, norm_bias, conv_weight, mean, var, training, eps, stride, groups):
     wide = accumulate_dtype(x.dtype)
     parameters = (norm_weight, norm_bias, conv_weight)
-    return x.new_empty(x.shape), *(x.new_empty(p.shape, dtype=wide) for p in parameters)
+    grad_x = _new_map(x, *x.shape[1:], _in_rows(x, stride, groups))
+    return grad_x, *(x.new_empty(p.shape, dtype=wide) for p in parameters)
 
 
 def _setup_context(ctx, inputs, output):
