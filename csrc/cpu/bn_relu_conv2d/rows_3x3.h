@@ -163,35 +163,50 @@ class RowsForward3x3 {
   TapRows tap_rows_;
 };
 
-constexpr int kGradientTaps = kVectorBytes == 64 ? kTaps : 3;                     // of a tile of dW, in whole rows
-constexpr int kGradientVectors = (kVectorBytes == 64 ? 18 : 12) / kGradientTaps;  // of output channels
-constexpr int64_t kGradientElements = 64;  // whose gradients stay in cache while all of a task's channels meet them
+// A tile of dW in registers: taps in whole rows, input channels, vectors of output channels.
+constexpr int kGradientTaps = kVectorBytes == 64 ? kTaps : 3;
+constexpr int kGradientChannels = kVectorBytes == 64 ? 1 : 2;
+constexpr int kGradientVectors = 2;
+constexpr int64_t kGradientElements = 64;  // whose gradients stay in cache while all channels of a tile meet them
 
-// to[k][v] += sum over elements of z[element + tap k] dy[element][v], for kGradientTaps taps in rows of three.
-template <int Vectors, typename T>
-inline void add_tap_products(const T* z, int64_t row, int64_t batch, const T* dy, int64_t dy_pitch, int64_t elements,
-                             T* to, int64_t to_pitch) {
-  Vec<T> sum[kGradientTaps][Vectors];
+// Channels' rows of frames, and rows of sums by output channels for each channel and tap.
+template <typename T>
+struct TapTile {
+  const T* z;
+  int64_t z_channel, z_row, batch;
+  const T* dy;
+  T* sums;
+  int64_t pitch;  // of dy, of the sums, and of a channel's taps
+};
+
+// sums[i][k][v] += sum over elements of z[i][element + tap k] dy[element][v].
+template <int Channels, int Vectors, typename T>
+__attribute__((noinline)) void add_tap_products(const TapTile<T>& of, int64_t elements) {
+  constexpr int kRows = Channels * kGradientTaps;
+  Vec<T> sum[kRows][Vectors];
+  const auto at = [&](int row) { return of.sums + (row / kGradientTaps * kTaps + row % kGradientTaps) * of.pitch; };
 #pragma GCC unroll 16
-  for (int k = 0; k < kGradientTaps; ++k) {
+  for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 8
-    for (int v = 0; v < Vectors; ++v) sum[k][v] = load<T>(to + k * to_pitch + v * kLanes<T>);
+    for (int v = 0; v < Vectors; ++v) sum[row][v] = load<T>(at(row) + v * kLanes<T>);
   }
-  for (int64_t p = 0; p < elements; ++p) {
+  const T *z = of.z, *dy = of.dy, *end = z + elements;
+  for (; z < end; ++z, dy += of.pitch) {
     Vec<T> gradient[Vectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < Vectors; ++v) gradient[v] = load_once<T>(dy + p * dy_pitch + v * kLanes<T>);
+    for (int v = 0; v < Vectors; ++v) gradient[v] = load_once<T>(dy + v * kLanes<T>);
 #pragma GCC unroll 16
-    for (int k = 0; k < kGradientTaps; ++k) {
-      const Vec<T> factor = in_register<T>(splat<T>(z[k / 3 * row + k % 3 * batch + p]));
+    for (int row = 0; row < kRows; ++row) {
+      const int channel = row / kGradientTaps, k = row % kGradientTaps;
+      const Vec<T> factor = in_register<T>(splat<T>(z[channel * of.z_channel + k / 3 * of.z_row + k % 3 * of.batch]));
 #pragma GCC unroll 8
-      for (int v = 0; v < Vectors; ++v) sum[k][v] += factor * gradient[v];
+      for (int v = 0; v < Vectors; ++v) sum[row][v] += factor * gradient[v];
     }
   }
 #pragma GCC unroll 16
-  for (int k = 0; k < kGradientTaps; ++k) {
+  for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 8
-    for (int v = 0; v < Vectors; ++v) store<T>(to + k * to_pitch + v * kLanes<T>, sum[k][v]);
+    for (int v = 0; v < Vectors; ++v) store<T>(at(row) + v * kLanes<T>, sum[row][v]);
   }
 }
 
@@ -300,7 +315,11 @@ class RowsBackward3x3 {
     for (int64_t y = 0; y < call_.s.height; ++y) {
       for (int64_t p = 0; p < z.width; p += kGradientElements) {
         const int64_t elements = std::min(z.width - p, kGradientElements);
-        for (int64_t i = 0; i < count; ++i) add_stretch(z, y, p, elements, i, memory);
+        for (int64_t i = 0; i < count; i += kGradientChannels) {
+          with_constant<kGradientChannels>(std::min<int64_t>(count - i, kGradientChannels), [&](auto some) {
+            add_stretch<decltype(some)::value>(z, y, p, elements, i, memory);
+          });
+        }
         unflushed += elements;
         if (unflushed < kFlushElements) continue;
         flush(memory);
@@ -310,15 +329,21 @@ class RowsBackward3x3 {
     flush(memory);
   }
 
+  template <int Channels>
   void add_stretch(const Frames<T>& z, int64_t y, int64_t p, int64_t elements, int64_t i, const Memory& memory) const {
     const T* dy = dy_transposed_ + (y * z.width + p) * pitch_;
     const int64_t vectors = pitch_ / kLanes<T>;
     for (int first = 0; first < kTaps; first += kGradientTaps) {
       for (int64_t v = 0; v < vectors; v += kGradientVectors) {
+        const TapTile<T> tile{z.row(y + first / 3, i) + p,
+                              z.pitch,
+                              z.row_pitch(),
+                              z.batch,
+                              dy + v * kLanes<T>,
+                              memory.sums + (i * kTaps + first) * pitch_ + v * kLanes<T>,
+                              pitch_};
         with_constant<kGradientVectors>(std::min<int64_t>(vectors - v, kGradientVectors), [&](auto some) {
-          add_tap_products<decltype(some)::value>(z.row(y + first / 3, i) + p, z.row_pitch(), z.batch,
-                                                  dy + v * kLanes<T>, pitch_, elements,
-                                                  memory.sums + (i * kTaps + first) * pitch_ + v * kLanes<T>, pitch_);
+          add_tap_products<Channels, decltype(some)::value>(tile, elements);
         });
       }
     }
