@@ -1,6 +1,7 @@
 """Training of DenseNet's blocks as a whole: one buffer, statistics once per channel, one gradient buffer.
 
-As in `pyext.nn.hybrid_training`, with layers of one or two BN-ReLU-convolution cells and no gates. Kept for the
+As in `pyext.nn.hybrid_training`, with layers of one or two BN-ReLU-convolution cells and no gates. The buffers hold
+images innermost: maps of 2x2 then fill vectors as well as large ones (`csrc/cpu/bn_relu_conv2d/rows.h`). Kept for the
 gradient are the buffer and of each bottleneck layer the map between its convolutions: nothing that is normalised. With
 memory "lean" that map is computed from the buffer again, bit for bit.
 
@@ -48,8 +49,7 @@ def train_dense_block(cells: Sequence[Sequence[tuple[Any, Any]]], x: Tensor, mem
     plan = _Plan(tuple(map(len, cells)), tuple(norm.eps for norm in norms), memory == "lean")
     pairs = zip(norms, convolutions, strict=True)
     parameters = [tensor for norm, conv in pairs for tensor in (norm.weight, norm.bias, conv.weight)]
-    result = _Block.apply(norms, plan, x, *parameters)
-    return result.contiguous(memory_format=memory_format_of(x))
+    return _Block.apply(norms, plan, x, *parameters)
 
 
 def _move_running(norms: Sequence[Any], moments: Sequence[tuple[Tensor, Tensor]], count: int) -> None:
@@ -87,7 +87,7 @@ class _Block(torch.autograd.Function):
         _move_running(norms, used, n * height * width)
         ctx.plan, ctx.channels = plan, x.shape[1]
         ctx.save_for_backward(buffer, moments, *parameters, *squeezed)
-        return buffer
+        return buffer.contiguous(memory_format=memory_format_of(x))
 
     @staticmethod
     @once_differentiable

@@ -12,6 +12,8 @@ Sources: arXiv 1603.05027 (pre-activation), 1707.06990 (the normalised maps of d
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -174,9 +176,9 @@ def bn_relu_conv2d(
         backend: overrides `pyext.backend` and ``PYEXT_BACKEND``.
 
     Returns:
-        (N, channels, ceil(H / stride), ceil(W / stride)) in x's dtype; NCHW from a kernel, but with images innermost
-        where x has them so, on the CPU in float32 or float64 without stride and groups: kernels of their own then, whose
-        vectors small maps fill too.
+        (N, channels, ceil(H / stride), ceil(W / stride)) in x's dtype; NCHW from a kernel. Where images lie innermost
+        in x, on the CPU, in float32 or float64 and without stride and groups, other kernels run, whose vectors small
+        maps fill too, and images lie innermost in the result.
 
     Raises:
         ValueError: wrong shape, device, stride, groups or eps; training with one value per channel (torch's own
@@ -255,7 +257,7 @@ def update_running(
 
 
 def _in_rows(x, stride, groups):
-    """Whether the kernels of csrc/cpu/bn_relu_conv2d/rows.h have x: its images lie innermost, and so do the results'."""
+    """Whether the kernels of csrc/cpu/bn_relu_conv2d/rows.h have x: images lie innermost, and so they do in results."""
     n, _, height, width = x.shape
     return (
         x.device.type == "cpu"
@@ -275,10 +277,10 @@ def _new_map(x, channels, height, width, rows):
     return x.new_empty((channels, height, width, x.shape[0])).permute(3, 0, 1, 2)
 
 
-def _fake(x, norm_weight, norm_bias, conv_weight, mean, var, training, eps, stride, groups):
+def _fake(in_rows, x, norm_weight, norm_bias, conv_weight, mean, var, training, eps, stride, groups):
     validate(x, norm_weight, norm_bias, conv_weight, mean, var, eps, stride, groups, ("mean", "var"))
     height, width = ((n - 1) // stride + 1 for n in x.shape[2:])
-    return _new_map(x, conv_weight.shape[0], height, width, _in_rows(x, stride, groups))
+    return _new_map(x, conv_weight.shape[0], height, width, in_rows(x, stride, groups))
 
 
 def _fake_statistics(x):
@@ -286,10 +288,10 @@ def _fake_statistics(x):
     return tuple(vectors)
 
 
-def _fake_backward(grad_out, x, norm_weight, norm_bias, conv_weight, mean, var, training, eps, stride, groups):
+def _fake_backward(in_rows, grad_out, x, norm_weight, norm_bias, conv_weight, *options):
     wide = accumulate_dtype(x.dtype)
     parameters = (norm_weight, norm_bias, conv_weight)
-    grad_x = _new_map(x, *x.shape[1:], _in_rows(x, stride, groups))
+    grad_x = _new_map(x, *x.shape[1:], in_rows(x, *options[-2:]))
     return grad_x, *(x.new_empty(p.shape, dtype=wide) for p in parameters)
 
 
@@ -323,7 +325,9 @@ def _triton_backward(*args):
 
 for _variant in ("", "_triton"):
     torch.library.register_fake(f"pyext::bn_relu_conv2d_statistics{_variant}")(_fake_statistics)
-register_differentiable("bn_relu_conv2d", _fake, _fake_backward, _setup_context, _backward)
+for _variant, _rows in (("", _in_rows), ("_triton", lambda *_: False)):
+    _shapes = functools.partial(_fake, _rows), functools.partial(_fake_backward, _rows)
+    register_differentiable("bn_relu_conv2d", *_shapes, _setup_context, _backward, [_variant])
 register_triton("bn_relu_conv2d_statistics_triton", _triton_statistics)
 register_triton("bn_relu_conv2d_triton", _triton_forward)
 register_triton("bn_relu_conv2d_backward_triton", _triton_backward)

@@ -14,14 +14,18 @@ using namespace pyext::bn_relu_conv2d;
 using pyext::sanitize::CallMemory;
 using pyext::sanitize::Tensors;
 
-const Sizes kSizes[] = {{3, 13, 7, 9, 11, 1, 1, 1},  {1, 3, 1, 1, 2, 1, 1, 1},    {2, 7, 1, 75, 70, 1, 1, 1},
-                        {5, 24, 8, 8, 20, 1, 1, 1},  {0, 3, 4, 4, 2, 1, 1, 1},    {3, 8, 7, 9, 6, 2, 3, 1},
-                        {2, 12, 16, 16, 9, 3, 3, 1}, {2, 6, 1, 1, 4, 1, 3, 1},    {2, 5, 20, 21, 7, 1, 3, 2},
-                        {3, 4, 1, 70, 3, 1, 3, 2},   {2, 14, 16, 16, 8, 2, 3, 2}, {0, 3, 4, 4, 2, 1, 3, 2}};
+const Sizes kSizes[] = {{3, 13, 7, 9, 11, 1, 1, 1},  {1, 3, 1, 1, 2, 1, 1, 1},   {2, 7, 1, 75, 70, 1, 1, 1},
+                        {5, 24, 8, 8, 20, 1, 1, 1},  {0, 3, 4, 4, 2, 1, 1, 1},   {3, 8, 7, 9, 6, 2, 3, 1},
+                        {2, 12, 16, 16, 9, 3, 3, 1}, {2, 6, 1, 1, 4, 1, 3, 1},   {2, 5, 20, 21, 7, 1, 3, 2},
+                        {3, 4, 1, 70, 3, 1, 3, 2},   {5, 13, 3, 7, 35, 1, 3, 1}, {16, 8, 2, 2, 32, 1, 3, 1},
+                        {2, 14, 16, 16, 8, 2, 3, 2}, {0, 3, 4, 4, 2, 1, 3, 2}};
 
-Map map_of(void* data, int64_t channels, int64_t height, int64_t width, bool channels_last) {
+enum class Layout { kDense, kChannelsLast, kImagesInnermost };
+
+Map map_of(void* data, int64_t batch, int64_t channels, int64_t height, int64_t width, Layout layout) {
   const int64_t positions = height * width;
-  if (channels_last) return {data, {channels * positions, 1, channels * width, channels}};
+  if (layout == Layout::kChannelsLast) return {data, {channels * positions, 1, channels * width, channels}};
+  if (layout == Layout::kImagesInnermost) return {data, {1, positions * batch, width * batch, batch}};
   return {data, {channels * positions, positions, width, 1}};
 }
 
@@ -30,21 +34,24 @@ class Call {
   using T = Accumulate<S>;
 
  public:
-  Call(const Sizes& s, DType dtype, bool channels_last) : s_(s) {
+  Call(const Sizes& s, DType dtype, Layout layout) : s_(s) {
     args_.sizes = s;
     args_.dtype = args_.parameter_dtype = dtype;
     args_.training = true;
     args_.eps = 1e-5;
+    // As the binding decides it.
+    args_.rows =
+        layout == Layout::kImagesInnermost && std::is_same_v<S, T> && s.groups == 1 && s.stride == 1 && s.batch > 1;
     const int64_t in = s.batch * s.in_channels * s.positions(), out = s.batch * s.out_channels * s.out_positions();
-    args_.x = in_map(memory_.drawn<S>(in, -1, 1), channels_last);
+    args_.x = in_map(memory_.drawn<S>(in, -1, 1), layout);
     args_.norm_weight = memory_.drawn<S>(s.in_channels, 0.5, 1.5);
     args_.norm_bias = memory_.drawn<S>(s.in_channels, -0.5, 0.5);
     args_.conv_weight = memory_.drawn<S>(s.weight_numel(), -1, 1);
     args_.mean = mean_ = memory_.blank<T>(s.in_channels);
     args_.var = var_ = memory_.blank<T>(s.in_channels);
-    args_.out = out_map(out_ = memory_.blank<S>(out), channels_last);
-    args_.grad_out = out_map(memory_.drawn<S>(out, -1, 1), channels_last);
-    args_.grad_x = in_map(grad_x_ = memory_.blank<S>(in), channels_last);
+    args_.out = out_map(out_ = memory_.blank<S>(out), layout);
+    args_.grad_out = out_map(memory_.drawn<S>(out, -1, 1), layout);
+    args_.grad_x = in_map(grad_x_ = memory_.blank<S>(in), layout);
     args_.grad_norm_weight = grad_norm_[0] = memory_.blank<T>(s.in_channels);
     args_.grad_norm_bias = grad_norm_[1] = memory_.blank<T>(s.in_channels);
     args_.grad_conv_weight = grad_weight_ = memory_.blank<T>(s.weight_numel());
@@ -69,8 +76,12 @@ class Call {
 
  private:
   static const BNReLUConv2dKernels& kernels() { return PYEXT_CAPABILITY::bn_relu_conv2d_kernels; }
-  Map in_map(S* data, bool last) const { return map_of(data, s_.in_channels, s_.height, s_.width, last); }
-  Map out_map(S* data, bool last) const { return map_of(data, s_.out_channels, s_.out_height(), s_.out_width(), last); }
+  Map in_map(S* data, Layout layout) const {
+    return map_of(data, s_.batch, s_.in_channels, s_.height, s_.width, layout);
+  }
+  Map out_map(S* data, Layout layout) const {
+    return map_of(data, s_.batch, s_.out_channels, s_.out_height(), s_.out_width(), layout);
+  }
 
   Sizes s_;
   Tensors memory_;
@@ -83,9 +94,9 @@ template <typename S>
 int run_dtype(DType dtype, const char* name) {
   int calls = 0;
   for (const Sizes& sizes : kSizes) {
-    for (const bool channels_last : {false, true}) {
+    for (const Layout layout : {Layout::kDense, Layout::kChannelsLast, Layout::kImagesInnermost}) {
       for (const int64_t threads : {1, 3}) {
-        if (const char* unwritten = Call<S>(sizes, dtype, channels_last).run(threads)) {
+        if (const char* unwritten = Call<S>(sizes, dtype, layout).run(threads)) {
           std::printf("%s: %s has an element that nobody wrote\n", name, unwritten);
           std::exit(1);
         }
