@@ -76,6 +76,8 @@ class RowsForward1x1 {
 template <typename T>
 class RowsBackward1x1 {
   static constexpr int64_t kPanel = kOuterVectors * kLanes<T>;
+  static constexpr int64_t kGroupTiles = 4, kGroup = kGroupTiles * kTileOutputs;
+  static constexpr int64_t kChunk = 256;  // whole strips
 
  public:
   RowsBackward1x1(const BNReLUConv2d& args, const Host& host)
@@ -96,29 +98,29 @@ class RowsBackward1x1 {
     const int64_t tiles = (call_.s.in_channels + kTileOutputs - 1) / kTileOutputs;
     parallel_parts(call_.host, tiles, [&](Range range) {
       const auto memory = carve_scratch<Memory>(call_.host, *this);
-      for (int64_t tile = range.begin; tile < range.end; ++tile) {
-        const Range channels{tile * kTileOutputs, std::min((tile + 1) * kTileOutputs, call_.s.in_channels)};
-        run_tile(channels, memory);
+      for (int64_t tile = range.begin; tile < range.end; tile += kGroupTiles) {
+        const int64_t end = std::min(tile + kGroupTiles, range.end);
+        run_group({tile * kTileOutputs, std::min(end * kTileOutputs, call_.s.in_channels)}, memory);
       }
     });
   }
 
  private:
   struct Memory {
-    T* weight;      // [out_channels][kTileOutputs]
-    T* z;           // [kTileOutputs][pitch]
-    T* dz;          // [kTileOutputs][pitch]
+    T* weight;      // [tile][out_channels][kTileOutputs]
+    T* z;           // [kTileOutputs][kChunk]
+    T* dz;          // [channel][pitch]
     T* sums;        // [kTileOutputs][kPanel]
-    double* total;  // [kTileOutputs][panels * kPanel]
+    double* total;  // [channel][panels * kPanel]
     int64_t pitch;
 
     void carve(Arena& arena, const RowsBackward1x1& of) {
       pitch = of.strips_ * kStripLength<T>;
-      weight = arena.take<T>(of.call_.s.out_channels * kTileOutputs);
-      z = arena.take<T>(kTileOutputs * pitch);
-      dz = arena.take<T>(kTileOutputs * pitch);
+      weight = arena.take<T>(kGroup * of.call_.s.out_channels);
+      z = arena.take<T>(kTileOutputs * kChunk);
+      dz = arena.take<T>(kGroup * pitch);
       sums = arena.take<T>(kTileOutputs * kPanel);
-      total = arena.take<double>(kTileOutputs * of.panels_ * kPanel);
+      total = arena.take<double>(kGroup * of.panels_ * kPanel);
     }
   };
 
@@ -136,56 +138,72 @@ class RowsBackward1x1 {
     }
   }
 
-  void run_tile(Range channels, const Memory& memory) const {
+  // All of a group's tiles meet a chunk of positions while its gradients are in cache.
+  void run_group(Range channels, const Memory& memory) const {
     const int64_t count = channels.end - channels.begin, outputs = call_.s.out_channels;
-    for (int64_t o = 0; o < outputs; ++o) {
-      for (int64_t i = 0; i < kTileOutputs; ++i) {
-        memory.weight[o * kTileOutputs + i] =
-            i < count ? call_.weight()[o * call_.s.in_channels + channels.begin + i] : T(0);
+    for (int64_t first = 0; first < count; first += kTileOutputs) pack_weight(channels, first, memory);
+    std::memset(memory.total, 0, kGroup * panels_ * kPanel * sizeof(double));
+    for (int64_t chunk = 0; chunk < elements_; chunk += kChunk) {
+      for (int64_t first = 0; first < count; first += kTileOutputs) {
+        spread_chunk(chunk, first, memory);
+        activate_chunk(chunk, {channels.begin + first, channels.end}, memory.z);
+        add_grad_weight(chunk, first, memory);
       }
     }
-    for (int64_t strip = 0; strip < strips_; ++strip) spread_strip(strip, memory);
-    for (int64_t i = 0; i < kTileOutputs; ++i) {
-      const int64_t c = std::min(channels.begin + i, channels.end - 1);  // a tile's rows beyond the last repeat it
-      const T* x = x_.row(c);
-      T* z = memory.z + i * memory.pitch;
-      for (int64_t p = 0; p < elements_; p += kLanes<T>) {
-        store<T>(z + p, call_.norm().relu_of(load_first<T>(x + p, elements_ - p), c));
-      }
-      if (i < count) finish_row(call_, c, x, memory.dz + i * memory.pitch, grad_x_.row(c));
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t c = channels.begin + i;
+      finish_row(call_, c, x_.row(c), memory.dz + i * memory.pitch, grad_x_.row(c));
     }
-    add_grad_weight(memory);
     T* to = static_cast<T*>(call_.args.grad_conv_weight) + channels.begin;
-    for (int64_t o = 0; o < outputs; ++o) {
-      for (int64_t i = 0; i < count; ++i) {
-        to[o * call_.s.in_channels + i] = static_cast<T>(memory.total[i * panels_ * kPanel + o]);
+    for (int64_t o = 0; o < outputs; ++o, to += call_.s.in_channels) {
+      for (int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(memory.total[i * panels_ * kPanel + o]);
+    }
+  }
+
+  void pack_weight(Range channels, int64_t first, const Memory& memory) const {
+    const int64_t count = std::min(channels.end - channels.begin - first, int64_t(kTileOutputs));
+    const T* from = call_.weight() + channels.begin + first;
+    T* to = memory.weight + first * call_.s.out_channels;
+    for (int64_t o = 0; o < call_.s.out_channels; ++o, from += call_.s.in_channels, to += kTileOutputs) {
+      for (int64_t i = 0; i < kTileOutputs; ++i) to[i] = i < count ? from[i] : T(0);
+    }
+  }
+
+  // z at a chunk of positions; a tile's rows beyond the last channel repeat it.
+  void activate_chunk(int64_t chunk, Range channels, T* z) const {
+    const int64_t count = std::min(elements_ - chunk, kChunk);
+    for (int64_t i = 0; i < kTileOutputs; ++i, z += kChunk) {
+      const int64_t c = std::min(channels.begin + i, channels.end - 1);
+      const T* x = x_.row(c) + chunk;
+      for (int64_t p = 0; p < count; p += kLanes<T>) {
+        store<T>(z + p, call_.norm().relu_of(load_first<T>(x + p, count - p), c));
       }
     }
   }
 
-  // dz of a tile of channels at a strip.
-  void spread_strip(int64_t strip, const Memory& memory) const {
-    const T* dy = dy_strips_ + strip * kStripLength<T> * call_.s.out_channels;
-    Vec<T> sum[kTileOutputs][kStripVectors] = {};
-    for (int64_t o = 0; o < call_.s.out_channels; ++o) {
-      add_products<kStripVectors, kTileOutputs>(dy + o * kStripLength<T>, memory.weight + o * kTileOutputs, 1, sum);
+  // dz of a tile of channels.
+  void spread_chunk(int64_t chunk, int64_t first, const Memory& memory) const {
+    const int64_t outputs = call_.s.out_channels, end = std::min(elements_, chunk + kChunk);
+    const T* weight = memory.weight + first * outputs;
+    for (int64_t p = chunk; p < end; p += kStripLength<T>) {
+      const T* dy = dy_strips_ + p * outputs;
+      Vec<T> sum[kTileOutputs][kStripVectors] = {};
+      for (int64_t o = 0; o < outputs; ++o) {
+        add_products<kStripVectors, kTileOutputs>(dy + o * kStripLength<T>, weight + o * kTileOutputs, 1, sum);
+      }
+      store_rows<T>(sum, kStripLength<T>, [&](int i) { return memory.dz + (first + i) * memory.pitch + p; });
     }
-    store_rows<T>(sum, kStripLength<T>, [&](int i) { return memory.dz + i * memory.pitch + strip * kStripLength<T>; });
   }
 
-  void add_grad_weight(const Memory& memory) const {
-    std::memset(memory.total, 0, kTileOutputs * panels_ * kPanel * sizeof(double));
-    for (int64_t first = 0; first < elements_; first += kFlushElements) {
-      const int64_t count = std::min(elements_ - first, kFlushElements);
-      for (int64_t panel = 0; panel < panels_; ++panel) {
-        std::memset(memory.sums, 0, kTileOutputs * kPanel * sizeof(T));
-        add_outer_products<kOuterVectors>(memory.z + first, memory.pitch,
-                                          dy_panels_ + (panel * elements_ + first) * kPanel, kPanel, count,
-                                          memory.sums);
-        for (int64_t i = 0; i < kTileOutputs; ++i) {
-          double* to = memory.total + (i * panels_ + panel) * kPanel;
-          for (int64_t o = 0; o < kPanel; ++o) to[o] += memory.sums[i * kPanel + o];
-        }
+  void add_grad_weight(int64_t chunk, int64_t first, const Memory& memory) const {
+    const int64_t count = std::min(elements_ - chunk, kChunk);
+    for (int64_t panel = 0; panel < panels_; ++panel) {
+      std::memset(memory.sums, 0, kTileOutputs * kPanel * sizeof(T));
+      add_outer_products<kOuterVectors>(memory.z, kChunk, dy_panels_ + (panel * elements_ + chunk) * kPanel, kPanel,
+                                        count, memory.sums);
+      for (int64_t i = 0; i < kTileOutputs; ++i) {
+        double* to = memory.total + ((first + i) * panels_ + panel) * kPanel;
+        for (int64_t o = 0; o < kPanel; ++o) to[o] += memory.sums[i * kPanel + o];
       }
     }
   }
