@@ -291,7 +291,8 @@ def _fake_statistics(x):
 def _fake_backward(in_rows, grad_out, x, norm_weight, norm_bias, conv_weight, *options):
     wide = accumulate_dtype(x.dtype)
     parameters = (norm_weight, norm_bias, conv_weight)
-    grad_x = _new_map(x, *x.shape[1:], in_rows(x, *options[-2:]))
+    _, channels, height, width = x.shape
+    grad_x = _new_map(x, channels, height, width, in_rows(x, *options[-2:]))
     return grad_x, *(x.new_empty(p.shape, dtype=wide) for p in parameters)
 
 
