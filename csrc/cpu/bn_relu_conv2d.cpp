@@ -34,6 +34,19 @@ DType map_type(const Tensor& map, const char* name) {
   return *dtype;
 }
 
+// Whether the kernels of csrc/cpu/bn_relu_conv2d/rows.h have x, of `sizes` and `dtype`.
+bool in_rows(const Map& x, DType dtype, const Sizes& s) {
+  return (dtype == DType::kFloat || dtype == DType::kDouble) && s.groups == 1 && s.stride == 1 &&
+         images_innermost(x, s.batch, s.height, s.width);
+}
+
+// Uninitialised (N, C, H, W), with images innermost where `rows`.
+Tensor new_map(const Tensor& x, bool rows, int64_t n, int64_t channels, int64_t height, int64_t width) {
+  if (!rows) return torch::stable::new_empty(x, {n, channels, height, width});
+  const Tensor made = torch::stable::new_empty(x, {channels, height, width, n});
+  return torch::stable::transpose(torch::stable::transpose(torch::stable::transpose(made, 0, 3), 1, 3), 2, 3);
+}
+
 // The arguments that both passes have, and copies of those that are not contiguous.
 class Inputs {
  public:
@@ -48,6 +61,7 @@ class Inputs {
     const Sizes& s = args.sizes = bn_relu_conv2d::sizes_of(x, conv_weight, stride, groups);
     STD_TORCH_CHECK(s.kernel == 3 || (groups == 1 && stride == 1),
                     "bn_relu_conv2d: the kernels have 3x3 convolutions, and 1x1 ones without groups and stride");
+    args.rows = in_rows(args.x, args.dtype, s);
     const Shape vector = bn_relu_conv2d::vector_shape(s);
     const Shape weight = bn_relu_conv2d::weight_shape(s);
     args.norm_weight = data(norm_weight, vector, args.parameter_dtype, "norm_weight");
@@ -92,6 +106,7 @@ std::tuple<Tensor, Tensor> statistics(const Tensor& x) {
   STD_TORCH_CHECK(args.sizes.in_channels > 0 && args.sizes.positions() > 0,
                   "bn_relu_conv2d: x is empty, expected at least one channel and position");
   args.x = map_of(x);
+  args.rows = in_rows(args.x, args.dtype, args.sizes);
   const Tensor mean = new_vector(x, x.size(1)), var = new_vector(x, x.size(1));
   args.mean = mean.data_ptr();
   args.var = var.data_ptr();
@@ -104,7 +119,7 @@ Tensor forward(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bi
                const Tensor& mean, const Tensor& var, bool training, double eps, int64_t stride, int64_t groups) {
   Inputs inputs(x, norm_weight, norm_bias, conv_weight, mean, var, training, eps, stride, groups);
   const Sizes& s = inputs.args.sizes;
-  const Tensor out = torch::stable::new_empty(x, {s.batch, s.out_channels, s.out_height(), s.out_width()});
+  const Tensor out = new_map(x, inputs.args.rows, s.batch, s.out_channels, s.out_height(), s.out_width());
   inputs.args.out = map_of(out);
   CallMemory memory;
   kernels().forward(inputs.args, memory.host());
@@ -119,11 +134,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, cons
   const Sizes& s = inputs.args.sizes;
   STD_TORCH_CHECK(grad_out.is_cpu(), "bn_relu_conv2d: grad_out is not on the CPU, but x is");
   bn_relu_conv2d::check_gradient(grad_out, x, s);
-  const Tensor grad_x = torch::stable::new_empty(x, {s.batch, s.in_channels, s.height, s.width});
+  const bool rows = inputs.args.rows;
+  Tensor dy = grad_out;
+  if (rows && !images_innermost(map_of(dy), s.batch, s.height, s.width)) {
+    dy = new_map(x, rows, s.batch, s.out_channels, s.height, s.width);
+    torch::stable::copy_(dy, grad_out);
+  }
+  const Tensor grad_x = new_map(x, rows, s.batch, s.in_channels, s.height, s.width);
   const Tensor grad_norm_weight = new_vector(x, s.in_channels), grad_norm_bias = new_vector(x, s.in_channels);
   const Tensor grad_conv_weight = torch::stable::new_empty(x, {s.out_channels, s.group_inputs(), s.kernel, s.kernel},
                                                            accumulate_type(inputs.args.dtype));
-  inputs.args.grad_out = map_of(grad_out);
+  inputs.args.grad_out = map_of(dy);
   inputs.args.grad_x = map_of(grad_x);
   inputs.args.grad_norm_weight = grad_norm_weight.data_ptr();
   inputs.args.grad_norm_bias = grad_norm_bias.data_ptr();

@@ -13,6 +13,7 @@ struct BNReLUConv2d {
   DType parameter_dtype;  // dtype or the accumulate type
   bool training;          // whether mean and var are the batch's, so that gradients flow through them
   double eps;
+  bool rows;  // maps are as images_innermost has them: float or double, no groups, stride 1
   Map x;
   const void* norm_weight;
   const void* norm_bias;
@@ -28,6 +29,12 @@ struct BNReLUConv2d {
   void* grad_norm_bias;
   void* grad_conv_weight;
 };
+
+// Whether each channel of the map (N, C, H, W), several images, is one dense row of H x W x N elements.
+inline bool images_innermost(const Map& m, int64_t batch, int64_t height, int64_t width) {
+  return batch > 1 && m.stride[0] == 1 && (width == 1 || m.stride[3] == batch) &&
+         (height == 1 || m.stride[2] == width * batch) && m.stride[1] >= height * width * batch;
+}
 
 struct BNReLUConv2dKernels {
   void (*statistics)(const BNReLUConv2d&, const Host&);

@@ -5,19 +5,48 @@
 #include "cpu/bn_relu_conv2d/backward_1x1.h"
 #include "cpu/bn_relu_conv2d/backward_3x3.h"
 #include "cpu/bn_relu_conv2d/forward.h"
+#include "cpu/bn_relu_conv2d/rows_1x1.h"
+#include "cpu/bn_relu_conv2d/rows_3x3.h"
 
 namespace pyext::cpu::PYEXT_CAPABILITY {
 namespace {
 
+template <typename Work>
+void with_row_type(const BNReLUConv2d& args, Work work) {
+  if (args.dtype == DType::kDouble) return work(double{});
+  work(float{});
+}
+
 void run_statistics(const BNReLUConv2d& args, const Host& host) {
+  if (args.rows) return with_row_type(args, [&](auto element) { run_row_statistics<decltype(element)>(args, host); });
   with_element_type(args.dtype, [&](auto element) { run_batch_statistics<decltype(element)>(args, host); });
 }
 
 void run_forward(const BNReLUConv2d& args, const Host& host) {
+  if (args.rows) {
+    return with_row_type(args, [&](auto element) {
+      using T = decltype(element);
+      if (args.sizes.kernel == 1) {
+        RowsForward1x1<T>(args, host).run();
+      } else {
+        RowsForward3x3<T>(args, host).run();
+      }
+    });
+  }
   with_element_type(args.dtype, [&](auto element) { ForwardPass<decltype(element)>(args, host).run(); });
 }
 
 void run_backward(const BNReLUConv2d& args, const Host& host) {
+  if (args.rows) {
+    return with_row_type(args, [&](auto element) {
+      using T = decltype(element);
+      if (args.sizes.kernel == 1) {
+        RowsBackward1x1<T>(args, host).run();
+      } else {
+        RowsBackward3x3<T>(args, host).run();
+      }
+    });
+  }
   with_element_type(args.dtype, [&](auto element) {
     if (args.sizes.kernel == 1) {
       PointwiseBackward<decltype(element)>(args, host).run();

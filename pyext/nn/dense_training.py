@@ -1,6 +1,7 @@
 """Training of DenseNet's blocks as a whole: one buffer, statistics once per channel, one gradient buffer.
 
-As in `pyext.nn.hybrid_training`, with layers of one or two BN-ReLU-convolution cells and no gates. Kept for the
+As in `pyext.nn.hybrid_training`, with layers of one or two BN-ReLU-convolution cells and no gates. The buffers hold
+images innermost: maps of 2x2 then fill vectors as well as large ones (`csrc/cpu/bn_relu_conv2d/rows.h`). Kept for the
 gradient are the buffer and of each bottleneck layer the map between its convolutions: nothing that is normalised. With
 memory "lean" that map is computed from the buffer again, bit for bit.
 
@@ -22,6 +23,7 @@ from pyext.nn.cells import PARAMETERS, Cell, note_moments
 from pyext.nn.memory_format import memory_format_of
 
 _OPS = torch.ops.pyext
+_CHANNEL_GAP = 16
 
 
 class _Plan(NamedTuple):
@@ -48,8 +50,7 @@ def train_dense_block(cells: Sequence[Sequence[tuple[Any, Any]]], x: Tensor, mem
     plan = _Plan(tuple(map(len, cells)), tuple(norm.eps for norm in norms), memory == "lean")
     pairs = zip(norms, convolutions, strict=True)
     parameters = [tensor for norm, conv in pairs for tensor in (norm.weight, norm.bias, conv.weight)]
-    result = _Block.apply(norms, plan, x, *parameters)
-    return result.contiguous(memory_format=memory_format_of(x))
+    return _Block.apply(norms, plan, x, *parameters)
 
 
 def _move_running(norms: Sequence[Any], moments: Sequence[tuple[Tensor, Tensor]], count: int) -> None:
@@ -68,7 +69,7 @@ class _Block(torch.autograd.Function):
         cells = _cells(parameters)
         growth = [cells[last].conv_weight.shape[0] for _, last in plan.places()]
         total = channels + sum(growth)
-        buffer, moments = x.new_empty((n, total, height, width)), x.new_empty((2, total))
+        buffer, moments = _new_buffer(x, total), x.new_empty((2, total))
         buffer[:, :channels] = x
         note_moments(moments, buffer, 0, channels)
         squeezed: list[Tensor] = []
@@ -87,7 +88,7 @@ class _Block(torch.autograd.Function):
         _move_running(norms, used, n * height * width)
         ctx.plan, ctx.channels = plan, x.shape[1]
         ctx.save_for_backward(buffer, moments, *parameters, *squeezed)
-        return buffer
+        return buffer.contiguous(memory_format=memory_format_of(x))
 
     @staticmethod
     @once_differentiable
@@ -96,7 +97,7 @@ class _Block(torch.autograd.Function):
         buffer, moments, *rest = ctx.saved_tensors
         count = len(plan.eps) * PARAMETERS
         cells, squeezed = _cells(rest[:count]), rest[count:]
-        grad = grad_out.clone(memory_format=torch.contiguous_format)
+        grad = _new_buffer(grad_out, buffer.shape[1]).copy_(grad_out)
         grads: list[Tensor] = []
         channels = buffer.shape[1]
         for first, last in reversed(plan.places()):
@@ -114,6 +115,14 @@ class _Block(torch.autograd.Function):
             grad[:, :channels] += below
             grads = [*own, *grads]
         return None, None, grad[:, : ctx.channels], *grads
+
+
+def _new_buffer(x: Tensor, channels: int) -> Tensor:
+    """Uninitialised maps like those of x (N, C, H, W), with images innermost: kernels of their own have them."""
+    n, _, height, width = x.shape
+    # Channels that lie a power of two apart would share few places of the caches.
+    pitch = height * width * n + _CHANNEL_GAP
+    return x.new_empty((channels, pitch)).as_strided((n, channels, height, width), (1, pitch, width * n, n))
 
 
 def _cells(parameters: Sequence[Tensor]) -> list[Cell]:

@@ -9,26 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from pyext.nn.bn_relu_conv2d import computes_the_operator, trains_faster
+from pyext.nn.bn_relu_conv2d import computes_the_operator
 from pyext.nn.dense_inference import forget, infer_dense_block
 from pyext.nn.dense_training import train_dense_block
 from pyext.nn.hooks import has_forward_hooks
 from pyext.nn.lean import KeepsForBackward, checked_memory
-from pyext.nn.memory_format import is_channels_last, to_torch_format
+from pyext.nn.memory_format import to_torch_format, trains_on_the_cpu
+from pyext.ops.bn_relu_conv2d import OPERATOR
 
 fx.wrap("to_torch_format")  # one node of a trace: torch.fx cannot look into a comparison of devices
 
 _CELLS = (("norm1", "relu1", "conv1"), ("norm2", "relu2", "conv2"))
-
-
-def _trains_whole(x: Tensor) -> bool:
-    """Whether a block trains x (N, C, H, W) as a whole faster than torch runs its layers, by the size of its maps.
-
-    Measured by `python -m bench --only densenet` and block by block, two threads: 0.6 to 0.8 of the time of torch in
-    channels_last on maps from 16x16 on; 0.9 on 8x8 ones, which conversions on both sides use up; 1.0 on 4x4 ones.
-    """
-    least = 256 if is_channels_last(x) else 64
-    return trains_faster(x) and x.shape[2] * x.shape[3] >= least
 
 
 class DenseLayer(nn.Module):
@@ -161,8 +152,8 @@ class DenseBlock(KeepsForBackward, nn.Module):
         return found or None
 
     def _trained_cells(self, x: Tensor) -> list[list[tuple[Any, Any]]] | None:
-        """The layers' cells where the block trains as a whole and that is faster."""
-        if not _trains_whole(x):
+        """The layers' cells where the block trains as a whole."""
+        if not (trains_on_the_cpu(x) and OPERATOR.runs("cpu", x)):
             return None
         found = self.layer_cells()
         if found is None or found[0][0][0].num_features != x.shape[1]:

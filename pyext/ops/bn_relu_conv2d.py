@@ -12,6 +12,8 @@ Sources: arXiv 1603.05027 (pre-activation), 1707.06990 (the normalised maps of d
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -159,7 +161,9 @@ def bn_relu_conv2d(
         backend: overrides `pyext.backend` and ``PYEXT_BACKEND``.
 
     Returns:
-        (N, channels, ceil(H / stride), ceil(W / stride)) in x's dtype; NCHW from a kernel.
+        (N, channels, ceil(H / stride), ceil(W / stride)) in x's dtype; NCHW from a kernel. Where images lie innermost
+        in x, on the CPU, in float32 or float64 and without stride and groups, other kernels run, whose vectors small
+        maps fill too, and images lie innermost in the result.
 
     Raises:
         ValueError: wrong shape, device, stride, groups or eps; training with one value per channel (torch's own
@@ -237,10 +241,31 @@ def update_running(
 # --- registration of shapes and gradients -----------------------------------------------------------------------------
 
 
-def _fake(x, norm_weight, norm_bias, conv_weight, mean, var, training, eps, stride, groups):
+def _in_rows(x, stride, groups):
+    """Whether the kernels of csrc/cpu/bn_relu_conv2d/rows.h have x: images lie innermost, and so they do in results."""
+    n, _, height, width = x.shape
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.float64)
+        and (stride, groups) == (1, 1)
+        and n > 1
+        and x.stride(0) == 1
+        and (width == 1 or x.stride(3) == n)
+        and (height == 1 or x.stride(2) == width * n)
+        and x.stride(1) >= height * width * n
+    )
+
+
+def _new_map(x, channels, height, width, rows):
+    if not rows:
+        return x.new_empty((x.shape[0], channels, height, width))
+    return x.new_empty((channels, height, width, x.shape[0])).permute(3, 0, 1, 2)
+
+
+def _fake(in_rows, x, norm_weight, norm_bias, conv_weight, mean, var, training, eps, stride, groups):
     validate(x, norm_weight, norm_bias, conv_weight, mean, var, eps, stride, groups, ("mean", "var"))
     height, width = ((n - 1) // stride + 1 for n in x.shape[2:])
-    return x.new_empty((x.shape[0], conv_weight.shape[0], height, width))
+    return _new_map(x, conv_weight.shape[0], height, width, in_rows(x, stride, groups))
 
 
 def _fake_statistics(x):
@@ -248,10 +273,12 @@ def _fake_statistics(x):
     return tuple(vectors)
 
 
-def _fake_backward(grad_out, x, norm_weight, norm_bias, conv_weight, *_):
+def _fake_backward(in_rows, grad_out, x, norm_weight, norm_bias, conv_weight, *options):
     wide = accumulate_dtype(x.dtype)
     parameters = (norm_weight, norm_bias, conv_weight)
-    return x.new_empty(x.shape), *(x.new_empty(p.shape, dtype=wide) for p in parameters)
+    _, channels, height, width = x.shape
+    grad_x = _new_map(x, channels, height, width, in_rows(x, *options[-2:]))
+    return grad_x, *(x.new_empty(p.shape, dtype=wide) for p in parameters)
 
 
 def _setup_context(ctx, inputs, output):
@@ -284,7 +311,9 @@ def _triton_backward(*args):
 
 for _variant in ("", "_triton"):
     torch.library.register_fake(f"pyext::bn_relu_conv2d_statistics{_variant}")(_fake_statistics)
-register_differentiable("bn_relu_conv2d", _fake, _fake_backward, _setup_context, _backward)
+for _variant, _rows in (("", _in_rows), ("_triton", lambda *_: False)):
+    _shapes = functools.partial(_fake, _rows), functools.partial(_fake_backward, _rows)
+    register_differentiable("bn_relu_conv2d", *_shapes, _setup_context, _backward, [_variant])
 register_triton("bn_relu_conv2d_statistics_triton", _triton_statistics)
 register_triton("bn_relu_conv2d_triton", _triton_forward)
 register_triton("bn_relu_conv2d_backward_triton", _triton_backward)

@@ -198,16 +198,12 @@ def test_dropout_runs_by_submodules_and_is_seeded_as_torchvision_s():
     torch.testing.assert_close(*outputs)
 
 
-@pytest.mark.parametrize(("size", "whole"), [(7, False), (8, True)])
-def test_small_maps_are_torch_s(size, whole):
-    assert is_whole(block()(image(height=size, width=size))) is whole
-
-
-@pytest.mark.parametrize(("size", "whole"), [(15, False), (16, True)])
-def test_maps_in_channels_last_pay_for_their_conversion(size, whole):
-    x = image(height=size, width=size).contiguous(memory_format=torch.channels_last)
-    names = {type(node).__name__ for node, _ in block()(x).grad_fn.next_functions}
-    assert ("_BlockBackward" in names) is whole
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize(("n", "size"), [(2, 1), (3, 2), (16, 2), (8, 3), (5, 4), (2, 16)])
+def test_maps_of_any_size_train_whole(n, size, layout):
+    x = image(n=n, height=size, width=size).contiguous(memory_format=layout)
+    assert is_whole(block()(x.clone(memory_format=torch.preserve_format).requires_grad_()))
+    assert_alike(step(block(), x), plain_step(block(), x))
 
 
 def test_one_image_and_no_gradients_run_by_submodules():

@@ -10,34 +10,44 @@ namespace {
 using namespace pyext::cpu;
 using namespace pyext::bn_relu_conv2d;
 using pyext::sanitize::CallMemory;
-using pyext::sanitize::map_of;
 using pyext::sanitize::Tensors;
 
-const Sizes kSizes[] = {{3, 13, 7, 9, 11, 1, 1, 1},  {1, 3, 1, 1, 2, 1, 1, 1},    {2, 7, 1, 75, 70, 1, 1, 1},
-                        {5, 24, 8, 8, 20, 1, 1, 1},  {0, 3, 4, 4, 2, 1, 1, 1},    {3, 8, 7, 9, 6, 2, 3, 1},
-                        {2, 12, 16, 16, 9, 3, 3, 1}, {2, 6, 1, 1, 4, 1, 3, 1},    {2, 5, 20, 21, 7, 1, 3, 2},
-                        {3, 4, 1, 70, 3, 1, 3, 2},   {2, 14, 16, 16, 8, 2, 3, 2}, {0, 3, 4, 4, 2, 1, 3, 2}};
+const Sizes kSizes[] = {{3, 13, 7, 9, 11, 1, 1, 1},  {1, 3, 1, 1, 2, 1, 1, 1},   {2, 7, 1, 75, 70, 1, 1, 1},
+                        {5, 24, 8, 8, 20, 1, 1, 1},  {0, 3, 4, 4, 2, 1, 1, 1},   {3, 8, 7, 9, 6, 2, 3, 1},
+                        {2, 12, 16, 16, 9, 3, 3, 1}, {2, 6, 1, 1, 4, 1, 3, 1},   {2, 5, 20, 21, 7, 1, 3, 2},
+                        {3, 4, 1, 70, 3, 1, 3, 2},   {5, 13, 3, 7, 35, 1, 3, 1}, {16, 8, 2, 2, 32, 1, 3, 1},
+                        {2, 14, 16, 16, 8, 2, 3, 2}, {0, 3, 4, 4, 2, 1, 3, 2}};
+
+enum class Layout { kDense, kChannelsLast, kImagesInnermost };
+
+Map map_of(void* data, int64_t batch, int64_t channels, int64_t height, int64_t width, Layout layout) {
+  if (layout == Layout::kImagesInnermost) return {data, {1, height * width * batch, width * batch, batch}};
+  return pyext::sanitize::map_of(data, channels, height, width, layout == Layout::kChannelsLast);
+}
 
 template <typename S>
 class Call {
   using T = Accumulate<S>;
 
  public:
-  Call(const Sizes& s, DType dtype, bool channels_last) : s_(s) {
+  Call(const Sizes& s, DType dtype, Layout layout) : s_(s) {
     args_.sizes = s;
     args_.dtype = args_.parameter_dtype = dtype;
     args_.training = true;
     args_.eps = 1e-5;
+    // As the binding decides it.
+    args_.rows =
+        layout == Layout::kImagesInnermost && std::is_same_v<S, T> && s.groups == 1 && s.stride == 1 && s.batch > 1;
     const int64_t in = s.batch * s.in_channels * s.positions(), out = s.batch * s.out_channels * s.out_positions();
-    args_.x = in_map(memory_.drawn<S>(in, -1, 1), channels_last);
+    args_.x = in_map(memory_.drawn<S>(in, -1, 1), layout);
     args_.norm_weight = memory_.drawn<S>(s.in_channels, 0.5, 1.5);
     args_.norm_bias = memory_.drawn<S>(s.in_channels, -0.5, 0.5);
     args_.conv_weight = memory_.drawn<S>(s.weight_numel(), -1, 1);
     args_.mean = mean_ = memory_.blank<T>(s.in_channels);
     args_.var = var_ = memory_.blank<T>(s.in_channels);
-    args_.out = out_map(out_ = memory_.blank<S>(out), channels_last);
-    args_.grad_out = out_map(memory_.drawn<S>(out, -1, 1), channels_last);
-    args_.grad_x = in_map(grad_x_ = memory_.blank<S>(in), channels_last);
+    args_.out = out_map(out_ = memory_.blank<S>(out), layout);
+    args_.grad_out = out_map(memory_.drawn<S>(out, -1, 1), layout);
+    args_.grad_x = in_map(grad_x_ = memory_.blank<S>(in), layout);
     args_.grad_norm_weight = grad_norm_[0] = memory_.blank<T>(s.in_channels);
     args_.grad_norm_bias = grad_norm_[1] = memory_.blank<T>(s.in_channels);
     args_.grad_conv_weight = grad_weight_ = memory_.blank<T>(s.weight_numel());
@@ -62,8 +72,12 @@ class Call {
 
  private:
   static const BNReLUConv2dKernels& kernels() { return PYEXT_CAPABILITY::bn_relu_conv2d_kernels; }
-  Map in_map(S* data, bool last) const { return map_of(data, s_.in_channels, s_.height, s_.width, last); }
-  Map out_map(S* data, bool last) const { return map_of(data, s_.out_channels, s_.out_height(), s_.out_width(), last); }
+  Map in_map(S* data, Layout layout) const {
+    return map_of(data, s_.batch, s_.in_channels, s_.height, s_.width, layout);
+  }
+  Map out_map(S* data, Layout layout) const {
+    return map_of(data, s_.batch, s_.out_channels, s_.out_height(), s_.out_width(), layout);
+  }
 
   Sizes s_;
   Tensors memory_;
@@ -75,8 +89,8 @@ class Call {
 }  // namespace
 
 int main() {
-  pyext::sanitize::run_all("calls", kSizes, 2,
+  pyext::sanitize::run_all("calls", kSizes, 3,
                            [](const Sizes& s, auto zero, DType dtype, int variant, int64_t threads) {
-                             return Call<decltype(zero)>(s, dtype, variant == 1).run(threads);
+                             return Call<decltype(zero)>(s, dtype, static_cast<Layout>(variant)).run(threads);
                            });
 }
