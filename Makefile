@@ -88,7 +88,7 @@ SANITIZE := PYTHONSAFEPATH=1 PYTHONPATH=$(SANITIZED) OMP_NUM_THREADS=3 OMP_WAIT_
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"
 FUZZ_EXAMPLES ?= 2000
 # CUDA's and Triton's own tests run no code of the instrumented extension. Its peak of memory is the sanitizer's.
-OPERATOR_TESTS = $(patsubst pyext/ops/%.py,tests/ops/test_%.py,$(filter-out %/__init__.py,$(wildcard pyext/ops/*.py)))
+OPERATOR_TESTS = $(wildcard $(patsubst pyext/ops/%.py,tests/ops/test_%.py,$(wildcard pyext/ops/*.py)))
 sanitize: $(PACKAGE)
 	PYEXT_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-lib $(SANITIZED)
 	$(SANITIZE) $(BIN)/python - < tests/sanitize/instrumented.py
