@@ -62,7 +62,8 @@ def _cpu_cases(device: torch.device) -> list[Case]:
     return [
         _case("A1", 1, False, device, peers="compile engines"),
         _case("A1", 64, False, device, peers="compile engines"),
-        _case("A1", TRAINING_BATCH, True, device, peers="compile", memory=True),
+        # Without torch.compile: what torch 2.11's inductor makes of this backward pass reads a buffer it has not made.
+        _case("A1", TRAINING_BATCH, True, device, memory=True),
         _case("B", 1, False, device, peers="engines"),
         _case("A2", 1, False, device, peers="engines"),
         _case("A2", 64, False, device, peers="engines"),
