@@ -87,13 +87,7 @@ Tensor forward(const Tensor& x, const Tensor& packed, const std::vector<int64_t>
   if (s.batch == 0) return out;
   CallMemory memory;
   const Host host = memory.host();
-  const auto run = [&] { kernels().forward(args, host); };
-  // Fewer images than threads: several regions for every layer.
-  if (s.batch < host.threads) {
-    memory.with_team(run);
-  } else {
-    run();
-  }
+  memory.run_images(s.batch, [&] { kernels().forward(args, host); });
   return out;
 }
 

@@ -46,9 +46,11 @@ class CallMemory {
     return {this, static_cast<int64_t>(torch::stable::get_num_threads()), run_tasks, thread_scratch, allocate};
   }
 
-  // Runs program() with threads that stay together, for a program of many short parallel regions.
+  // Runs program(), which gives each thread images of its own or, where there are fewer, shares every step's work in a
+  // short parallel region: with threads that stay together.
   template <typename F>
-  void with_team(const F& program) {
+  void run_images(int64_t images, const F& program) {
+    if (images >= static_cast<int64_t>(torch::stable::get_num_threads())) return program();
     Team team;
     team_ = &team;
     torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t begin, int64_t end) {

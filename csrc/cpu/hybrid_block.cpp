@@ -67,13 +67,7 @@ Tensor forward(const Tensor& x, const std::vector<Tensor>& tensors, const std::v
   args.out = map_of(out);
   CallMemory memory;
   const Host host = memory.host();
-  const auto run = [&] { kernels().forward(args, host); };
-  // Fewer images than threads: several regions for every module.
-  if (s.batch < host.threads) {
-    memory.with_team(run);
-  } else {
-    run();
-  }
+  memory.run_images(s.batch, [&] { kernels().forward(args, host); });
   return out;
 }
 

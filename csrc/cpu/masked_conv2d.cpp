@@ -209,13 +209,7 @@ Tensor chain(const Tensor& x, const std::vector<Tensor>& tensors, const std::vec
   if (x.size(0) == 0) return out;
   CallMemory memory;
   const Host host = memory.host();
-  const auto run = [&] { kernels().forward(args.data(), layers, host); };
-  // Fewer images than threads: several regions for every layer.
-  if (x.size(0) < host.threads) {
-    memory.with_team(run);
-  } else {
-    run();
-  }
+  memory.run_images(x.size(0), [&] { kernels().forward(args.data(), layers, host); });
   return out;
 }
 
