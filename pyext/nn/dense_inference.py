@@ -6,7 +6,6 @@ tells. A write through ``.data`` leaves the version as it was; `forget`, which a
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from pyext._C import unchanged
 from pyext._library import is_traced
+from pyext.nn.changes import contents, versions
 from pyext.nn.hybrid_inference import dictionaries_of
 from pyext.ops.dense_block import OPERATOR, Extents, extents_of, pack_dense_block
 
@@ -43,7 +43,7 @@ class _Kept(NamedTuple):
         return (
             unchanged(self.dictionaries, self.items)
             and tuple(map(type, self.parts)) == self.kinds
-            and _versions(self.tensors) == self.versions
+            and versions(self.tensors) == self.versions
         )
 
 
@@ -158,12 +158,12 @@ def _keep(
 ) -> _Kept:
     # Of the owner, its submodules alone: with a reference to itself it would never be collected.
     dictionaries = (owner._modules, *(held for part in parts for held in dictionaries_of(part)))
-    items = tuple(tuple(itertools.chain.from_iterable(held.items())) for held in dictionaries)
+    items = contents(dictionaries)
     tensors = [tensor for cell in cells for tensor in _tensors_of(*cell)]
     if any(tensor.is_inference() for tensor in tensors):  # those have no version
         cells, tensors = [], []
     constants = make(cells, tensors) if cells and _evaluates(cells, tensors) else None
-    return _Kept(dictionaries, items, parts, tuple(map(type, parts)), tensors, _versions(tensors), constants)
+    return _Kept(dictionaries, items, parts, tuple(map(type, parts)), tensors, versions(tensors), constants)
 
 
 def _tensors_of(norm: Any, conv: Any) -> list[Tensor]:
@@ -176,7 +176,3 @@ def _evaluates(cells: Cells, tensors: Sequence[Tensor]) -> bool:
     same = all(not norm.training and norm.eps == cells[0][0].eps for norm, _ in cells)
     dtype = tensors[0].dtype
     return same and dtype in _DTYPES and all(t.dtype == dtype and t.device.type == "cpu" for t in tensors)
-
-
-def _versions(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
-    return [(tensor._version, tensor.data_ptr()) for tensor in tensors]

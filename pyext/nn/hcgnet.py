@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from pyext.nn.autocast import autocast_dtype
 from pyext.nn.bn_relu_conv2d import BNReLUConv2d
 from pyext.nn.drop_block import DropBlock2d
 from pyext.nn.hooks import has_forward_hooks
@@ -383,7 +384,7 @@ class HybridBlock(KeepsForBackward, nn.Sequential):
     def _writes_slices(self, x: Tensor) -> bool:
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.get_autocast_dtype(x.device.type):
+        if autocast_dtype(x) not in (None, x.dtype):
             return False
         return all(type(layer) is SMG and not has_forward_hooks(layer) for layer in self)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import operator
 import weakref
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,8 @@ from torch import Tensor, nn
 
 from pyext import _library
 from pyext._C import unchanged
+from pyext.nn.autocast import autocast_dtype
+from pyext.nn.changes import contents
 from pyext.nn.hooks import has_forward_hooks
 from pyext.nn.memory_format import memory_format_of
 from pyext.ops.hybrid_block import CONVOLUTIONS, OPERATOR, TENSORS, hybrid_block, pack_hybrid_block
@@ -98,7 +99,7 @@ def run_block(owner: nn.Module, x: Tensor, *, stride: int = 1, dense: bool = Tru
     Raises:
         ValueError, TypeError: as `hybrid_block`.
     """
-    cast = _autocast_dtype(x)
+    cast = autocast_dtype(x)
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or cast not in (None, x.dtype, _cpu_cast(x)):
         return None
     seen = _seen.get(owner)
@@ -129,7 +130,7 @@ def _look(owner: Any, stride: int) -> _Seen | None:
     nested = [layer for layer in layers if layer is not owner]
     parts = (*nested, *(part for layer in layers for part in _parts(layer)))
     dictionaries = (owner._modules, *(held for part in parts for held in dictionaries_of(part)))
-    items = tuple(tuple(itertools.chain.from_iterable(held.items())) for held in dictionaries)
+    items = contents(dictionaries)
     tensors = [tensor for layer in layers for tensor in tensors_of(layer)]
     eps = layers[0]._modules["bn_forget"].eps
     return _Seen(dictionaries, items, parts, tuple(map(type, parts)), tensors, eps, _Cast(tensors))
@@ -154,11 +155,6 @@ def dictionaries_of(module: nn.Module) -> Iterator[dict[Any, Any]]:
     """What makes up a module: its attributes, and the parameters, buffers, submodules and hooks among them."""
     yield module.__dict__
     yield from (value for value in module.__dict__.values() if isinstance(value, dict))
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def _cpu_cast(x: Tensor) -> torch.dtype | None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyext._library import is_traced
+from pyext.nn.autocast import autocast_dtype
 from pyext.ops.masked_conv2d import (
     ACTIVATIONS,
     activate,
@@ -67,15 +68,13 @@ def _as_lists(name: str, given: Channels, size: int, device: torch.device) -> Te
 
 def autocast(x: Tensor) -> Tensor:
     """x in the dtype in which torch's own convolutions and linear layers compute now."""
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
-        return x
-    return x.to(torch.get_autocast_dtype(kind))
+    dtype = autocast_dtype(x)
+    return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
 
 
 def _converted(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
     """Under autocast all in its dtype, as torch's own layers."""
-    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+    if autocast_dtype(x) is None or x.dtype == torch.float64:
         return x, list(tensors)
     own = autocast(x)
     return own, [None if tensor is None else tensor.to(own.dtype) for tensor in tensors]

@@ -8,7 +8,6 @@ of its sub-network, and behind the last one of a smaller sub-network whatever it
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from pyext._backend import requested
 from pyext._C import unchanged
+from pyext.nn.changes import contents, versions
 from pyext.nn.hooks import has_forward_hooks
 from pyext.nn.masked import autocast, split_padding
 from pyext.ops.hybrid_block import OPERATOR as HYBRID_BLOCK
@@ -112,12 +112,11 @@ class Looked(NamedTuple):
     def at(layers: Sequence[Layer]) -> Looked:
         """The layers as they are."""
         dictionaries = [d for m in layers for d in (m.__dict__, m._parameters, m._buffers)]
-        items = tuple(tuple(itertools.chain.from_iterable(d.items())) for d in dictionaries)
         held = [t for m in layers for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
         versioned = not any(tensor.is_inference() for tensor in held)
         norms = [m for m in layers if isinstance(m, NORMS)]
         training, tracked = any(m.training for m in norms), all(m.running_mean is not None for m in norms)
-        return Looked(tuple(dictionaries), items, held if versioned else None, training, tracked)
+        return Looked(tuple(dictionaries), contents(dictionaries), held if versioned else None, training, tracked)
 
 
 class Recipe:
@@ -171,9 +170,9 @@ class Recipe:
         tensors = self.look().tensors
         if tensors is None:
             return None
-        versions = [(tensor._version, tensor.data_ptr()) for tensor in tensors]
-        if versions != self._versions:
-            self._versions, self._count = versions, self._count + 1
+        found = versions(tensors)
+        if found != self._versions:
+            self._versions, self._count = found, self._count + 1
         return self._count
 
 
