@@ -164,10 +164,11 @@ def _cpu_cast(x: Tensor) -> torch.dtype | None:
 
 def are_block(layers: Sequence[Any], stride: int, training: bool) -> bool:
     """Whether all `layers`, at least one, say what a block computes, with all normalisations in one mode and alike in
-    width."""
-    return (
-        len(layers) > 0 and all(_computes_the_operator(layer, stride, training) for layer in layers) and _alike(layers)
-    )
+    width and constants."""
+    if not layers or not all(_computes_the_operator(layer, stride, training) for layer in layers):
+        return False
+    first = _form(layers[0], training)
+    return all(_form(layer, training) == first for layer in layers)
 
 
 def _computes_the_operator(layer: Any, stride: int, training: bool) -> bool:
@@ -200,16 +201,12 @@ def _computes_the_operator(layer: Any, stride: int, training: bool) -> bool:
     return layer._modules["conv1_1x1"]._modules["conv"].groups == 1
 
 
-def _alike(layers: Sequence[Any]) -> bool:
-    """Whether all modules are of the widths of the first."""
-    first = _widths(layers[0])
-    return all(_widths(layer) == first for layer in layers)
-
-
-def _widths(layer: Any) -> tuple[Any, ...]:
+def _form(layer: Any, training: bool) -> tuple[Any, ...]:
+    """What the modules of a block have in common: widths, and the constants of their normalisations."""
     own = layer._modules
-    first, second = own["conv1_1x1"]._modules["conv"], own["conv2_3x3"]._modules["conv"]
-    return first.out_channels, second.out_channels, second.groups, own["fcall"].out_channels, own["fc1"].out_channels
+    first, second, gate = own["conv1_1x1"]._modules["conv"], own["conv2_3x3"]._modules["conv"], own["bn_forget"]
+    widths = first.out_channels, second.out_channels, second.groups, own["fcall"].out_channels, own["fc1"].out_channels
+    return *widths, gate.eps, gate.momentum if training else None
 
 
 def tensors_of(layer: Any) -> Iterator[Tensor]:

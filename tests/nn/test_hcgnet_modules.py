@@ -126,6 +126,20 @@ def test_momentum_and_eps_are_those_of_the_submodules(name, attribute, value):
         assert not torch.allclose(ours, theirs, atol=1e-3)
 
 
+@pytest.mark.parametrize(("attribute", "value"), [("momentum", 0.3), ("eps", 0.1)])
+def test_layers_of_a_block_may_differ_in_momentum_and_eps(attribute, value):
+    module = build("block", dtype=torch.float32).train()
+    for norm in module.SMG2.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            setattr(norm, attribute, value)
+    x, plain = maps("block", dtype=torch.float32), composed(module)
+    for training in (True, False):
+        with torch.set_grad_enabled(training):
+            ours, theirs = (m.train(training)(x) for m in (module, plain))
+        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(dict(module.named_buffers()), dict(plain.named_buffers()))
+
+
 def replace_norms(**arguments):
     def change(module):
         for gates in gates_of(module):
