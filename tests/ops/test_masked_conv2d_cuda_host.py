@@ -307,6 +307,30 @@ def test_not_a_number_reaches_what_depends_on_it(library, device, name, dtype):
     assert torch.equal(run(library, device, call)["out"].isnan(), expected.isnan())
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["groups", "wide groups", "depthwise", "stride and dilation"])
+def test_not_a_number_in_a_gradient_reaches_what_depends_on_it(library, device, name, dtype):
+    """A tap that leads from there out of the map does not: its gradient is what it was without."""
+    layer = replace(LAYERS[name], activation=None, gated=False)
+    call = make_call(layer, dtype)
+    kernels = Kernels(library, device, call)
+    ones = torch.ones_like(kernels.forward())
+    at_corner = torch.zeros_like(ones)
+    at_corner[1, 0, 0, 0] = 1
+
+    exact, grads = plain(call, at_corner), {}
+    x, *parameters = call.leaves().values()
+    depends = dict(zip(call.leaves(), exact(x.double(), doubled(parameters), [])[1:], strict=True))
+    for value in (0, NAN):
+        grads[value] = kernels.backward(ones.masked_fill(at_corner != 0, value))
+    for key, actual in grads[NAN].items():
+        reached = depends[key] != 0
+        assert torch.equal(actual.isnan(), reached), key
+        assert torch.equal(actual[~reached], grads[0][key][~reached]), key
+    assert not depends["weight"][:, :, 0, 0].any()
+    assert depends["weight"].any()
+
+
 def test_a_call_beyond_what_kernels_count_is_refused(library, device):
     call = make_call(LAYERS["one of everything"], torch.float32)
     kernels = Kernels(library, device, replace(call, geometry=Geometry(padding=(2**29, 0), stride=(2**29, 1))))

@@ -102,6 +102,21 @@ __device__ Depth position_at(const WeightProduct<T>& w, const WeightTile& tile, 
           0};
 }
 
+// A tile's sum of the output at `row` and the input and tap at `column`. One that came out as no number is added up
+// again, without the places outside of the map, whose zeros make NaN of a gradient that is no number.
+template <typename T>
+__device__ __forceinline__ float checked_sum(const WeightProduct<T>& w, const WeightTile& tile, float sum, int64_t row,
+                                             const Place& column) {
+  if (sum == sum) return sum;
+  sum = 0.f;
+  for (int64_t k = 0; k < tile.positions.count; ++k) {
+    const Depth depth = position_at(w, tile, tile.positions.first + k);
+    if (!is_inside(depth.place, column, w.grid.height, w.grid.width)) continue;
+    sum += to_float(w.grad[depth.offset + row]) * to_float(w.x[depth.place.offset + column.offset]);
+  }
+  return sum;
+}
+
 // Block: a tile of outputs and of inputs times taps, over one chunk of positions.
 template <typename T>
 __device__ void multiply_weights(const WeightProduct<T>& w) {
@@ -127,8 +142,8 @@ __device__ void multiply_weights(const WeightProduct<T>& w) {
   const int column = thread % kColumns;
   if (column >= tile.columns) return;
   for (int row = thread / kColumns; row < tile.rows.count; row += kThreads / kColumns) {
-    w.partial.data[w.partial.at(tile.chunk, tile.first_row + row, tile.first_column + column)] =
-        shared.product.sums[column][row];
+    w.partial.data[w.partial.at(tile.chunk, tile.first_row + row, tile.first_column + column)] = checked_sum(
+        w, tile, shared.product.sums[column][row], shared.product.offsets[row], shared.product.places[column]);
   }
 }
 

@@ -6,6 +6,7 @@
 
 namespace pyext::masked_conv2d::arranged {
 
+using tiled::checked_sum;
 using tiled::WeightTile;
 
 // Of a group. Fewer fill no tile, whose columns are inputs at one tap: then columns are inputs times taps (weights.h).
@@ -107,9 +108,11 @@ __device__ void multiply_weights(const WeightProduct<T>& w) {
   __syncthreads();
   const int column = threadIdx.x % kColumns;
   if (column >= columns.count) return;
+  const Place from{columns.place.offset + column, columns.place.y, columns.place.x};
   for (int row = threadIdx.x / kColumns; row < tile.rows.count; row += kThreads / kColumns) {
     const int place = (columns.first + column) * w.layer.taps() + columns.tap;
-    w.partial.data[w.partial.at(tile.chunk, tile.first_row + row, place)] = shared.sums[column][row];
+    w.partial.data[w.partial.at(tile.chunk, tile.first_row + row, place)] =
+        checked_sum(w, tile, shared.sums[column][row], tile.output_slot + row, from);
   }
 }
 
