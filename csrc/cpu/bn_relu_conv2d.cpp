@@ -15,17 +15,18 @@
 #include "cpu/tensors.h"
 
 namespace pyext::cpu {
-namespace {
 
-using bn_relu_conv2d::Sizes;
-
-const BNReLUConv2dKernels& kernels() {
+const BNReLUConv2dKernels& selected_bn_relu_conv2d() {
 #if defined(__x86_64__)
   return select(baseline::bn_relu_conv2d_kernels, avx2::bn_relu_conv2d_kernels, avx512::bn_relu_conv2d_kernels);
 #else
   return baseline::bn_relu_conv2d_kernels;
 #endif
 }
+
+namespace {
+
+using bn_relu_conv2d::Sizes;
 
 DType map_type(const Tensor& map, const char* name) {
   const std::optional<DType> dtype = dtype_of(map.scalar_type());
@@ -111,7 +112,7 @@ std::tuple<Tensor, Tensor> statistics(const Tensor& x) {
   args.mean = mean.data_ptr();
   args.var = var.data_ptr();
   CallMemory memory;
-  kernels().statistics(args, memory.host());
+  selected_bn_relu_conv2d().statistics(args, memory.host());
   return {mean, var};
 }
 
@@ -122,7 +123,7 @@ Tensor forward(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bi
   const Tensor out = new_map(x, inputs.args.rows, s.batch, s.out_channels, s.out_height(), s.out_width());
   inputs.args.out = map_of(out);
   CallMemory memory;
-  kernels().forward(inputs.args, memory.host());
+  selected_bn_relu_conv2d().forward(inputs.args, memory.host());
   return out;
 }
 
@@ -150,7 +151,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, cons
   inputs.args.grad_norm_bias = grad_norm_bias.data_ptr();
   inputs.args.grad_conv_weight = grad_conv_weight.data_ptr();
   CallMemory memory;
-  kernels().backward(inputs.args, memory.host());
+  selected_bn_relu_conv2d().backward(inputs.args, memory.host());
   return {grad_x, grad_norm_weight, grad_norm_bias, grad_conv_weight};
 }
 

@@ -56,8 +56,12 @@ void run_backward(const BNReLUConv2d& args, const Host& host) {
   });
 }
 
+void run_corrections(const BNReLUConv2d& args, const Host& host) {
+  with_row_type(args, [&](auto element) { run_row_corrections<decltype(element)>(args, host); });
+}
+
 }  // namespace
 
-const BNReLUConv2dKernels bn_relu_conv2d_kernels = {run_statistics, run_forward, run_backward};
+const BNReLUConv2dKernels bn_relu_conv2d_kernels = {run_statistics, run_forward, run_backward, run_corrections};
 
 }  // namespace pyext::cpu::PYEXT_CAPABILITY

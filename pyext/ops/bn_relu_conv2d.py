@@ -281,6 +281,28 @@ def _fake_backward(in_rows, grad_out, x, norm_weight, norm_bias, conv_weight, *o
     return grad_x, *(x.new_empty(p.shape, dtype=wide) for p in parameters)
 
 
+def _new_block_map(x, channels):
+    """Uninitialised maps like those of x with images innermost, as csrc/cpu/bn_relu_conv2d_block.cpp makes them."""
+    n, _, height, width = x.shape
+    rows = x.new_empty((channels, height * width * n + 16))[:, :-16]
+    return rows.view(channels, height, width, n).permute(3, 0, 1, 2)
+
+
+def _fake_block(x, parameters, layers, eps):
+    total, cell, kept = x.shape[1], 0, []
+    for count in layers:
+        read = total
+        widths = [parameters[3 * i + 2].shape[0] for i in range(cell, cell + count)]
+        kept += [made for c in widths[:-1] for made in (_new_block_map(x, c), x.new_empty((2, c)))]
+        total += widths[-1]
+        cell += count
+    return _new_block_map(x, total), x.new_empty((2, read)), kept
+
+
+def _fake_block_backward(grad_out, buffer, moments, kept, parameters, layers, eps):
+    return _new_block_map(buffer, buffer.shape[1]), [p.new_empty(p.shape) for p in parameters]
+
+
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:6])
     ctx.options = inputs[6:]
@@ -314,6 +336,8 @@ for _variant in ("", "_triton"):
 for _variant, _rows in (("", _in_rows), ("_triton", lambda *_: False)):
     _shapes = functools.partial(_fake, _rows), functools.partial(_fake_backward, _rows)
     register_differentiable("bn_relu_conv2d", *_shapes, _setup_context, _backward, [_variant])
+torch.library.register_fake("pyext::bn_relu_conv2d_block")(_fake_block)
+torch.library.register_fake("pyext::bn_relu_conv2d_block_backward")(_fake_block_backward)
 register_triton("bn_relu_conv2d_statistics_triton", _triton_statistics)
 register_triton("bn_relu_conv2d_triton", _triton_forward)
 register_triton("bn_relu_conv2d_backward_triton", _triton_backward)

@@ -67,10 +67,24 @@ class Call {
     for (const T* grad : grad_norm_) {
       if (!Tensors::written(grad, s_.in_channels)) return "grad_norm";
     }
-    return Tensors::written(grad_weight_, s_.weight_numel()) ? nullptr : "grad_conv_weight";
+    if (!Tensors::written(grad_weight_, s_.weight_numel())) return "grad_conv_weight";
+    return args_.rows ? run_addition(threads) : nullptr;
   }
 
  private:
+  // As a dense block asks for it: gradients that are added to what is there, and corrected in the end.
+  const char* run_addition(int64_t threads) {
+    args_.add = true;
+    args_.corrections = memory_.drawn<double>(2 * s_.in_channels, -1, 1);
+    for (const auto kernel : {kernels().backward, kernels().correct}) {
+      CallMemory call;
+      kernel(args_, call.host(threads));
+    }
+    const bool written = Tensors::written(grad_x_, s_.batch * s_.in_channels * s_.positions()) &&
+                         Tensors::written(args_.corrections, 2 * s_.in_channels);
+    return written ? nullptr : "grad_x, added to";
+  }
+
   static const BNReLUConv2dKernels& kernels() { return PYEXT_CAPABILITY::bn_relu_conv2d_kernels; }
   Map in_map(S* data, Layout layout) const {
     return map_of(data, s_.batch, s_.in_channels, s_.height, s_.width, layout);
