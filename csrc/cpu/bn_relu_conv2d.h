@@ -47,6 +47,9 @@ struct BNReLUConv2dKernels {
   void (*forward)(const BNReLUConv2d&, const Host&);
   void (*backward)(const BNReLUConv2d&, const Host&);
   void (*correct)(const BNReLUConv2d&, const Host&);  // with `rows` alone
+  // Of a pool in place of the convolution: `kernel` is 0 and `out_channels` those of x.
+  void (*pool)(const BNReLUConv2d&, const Host&);
+  void (*pool_backward)(const BNReLUConv2d&, const Host&);
 };
 
 const BNReLUConv2dKernels& selected_bn_relu_conv2d();

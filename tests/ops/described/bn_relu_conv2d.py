@@ -90,6 +90,21 @@ def _backward_sample(dtype: torch.dtype, training: bool) -> tuple[tuple, dict]:
     return (torch.randn_like(torch.ops.pyext.bn_relu_conv2d(*arguments)), *arguments), {}
 
 
+def _pool_arguments(dtype: torch.dtype, training: bool, differentiable: bool) -> tuple:
+    inputs, states = make_layer(Layer(3, 4, 5, 6, 1), dtype)
+    tensors = [x.requires_grad_(differentiable) for x in list(inputs.values())[:3]]
+    return *tensors, *states.values(), training, _EPS
+
+
+def _pool_sample(dtype: torch.dtype, training: bool) -> tuple[tuple, dict]:
+    return _pool_arguments(dtype, training, True), {}
+
+
+def _pool_backward_sample(dtype: torch.dtype, training: bool) -> tuple[tuple, dict]:
+    arguments = _pool_arguments(dtype, training, False)
+    return (torch.randn_like(torch.ops.pyext.bn_relu_conv2d_pool(*arguments)), *arguments), {}
+
+
 def _block_arguments(dtype: torch.dtype, training: bool) -> tuple:
     """x, and the cells of two layers; in training both are bottlenecks."""
     layers, channels, parameters = [2, 2 if training else 1], 3, []
@@ -122,6 +137,8 @@ DESCRIPTION = Description(
         "bn_relu_conv2d": _forward_sample,
         "bn_relu_conv2d_statistics": _statistics_sample,
         "bn_relu_conv2d_backward": _backward_sample,
+        "bn_relu_conv2d_pool": _pool_sample,
+        "bn_relu_conv2d_pool_backward": _pool_backward_sample,
         "bn_relu_conv2d_block": _block_sample,
         "bn_relu_conv2d_block_backward": _block_backward_sample,
     },
