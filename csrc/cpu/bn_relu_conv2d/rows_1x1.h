@@ -178,16 +178,19 @@ class RowsBackward1x1 {
 
   void pack_gradient(Range positions, const Memory& memory) const {
     const int64_t outputs = call_.s.out_channels, count = positions.end - positions.begin;
-    for (int64_t p = 0; p < count; p += kStrip) {
-      T* strip = memory.strips + p * outputs;
-      for (int64_t o = 0; o < outputs; ++o) {
-        copy_into_strip(dy_.row(o) + positions.begin + p, count - p, strip + o * kStrip);
+    for (int64_t o = 0; o < outputs; ++o) {
+      const T* row = dy_.row(o) + positions.begin;
+      for (int64_t p = 0; p < count; p += kStrip) {
+        copy_into_strip(row + p, count - p, memory.strips + p * outputs + o * kStrip);
       }
-      for (int64_t panel = 0; panel < panels_; ++panel) {
-        const int64_t o = panel * kStrip, rows = std::min(outputs - o, kStrip);
-        T* to = memory.panels + panel * kChunk * kStrip + p * kStrip;
-        if (rows < kStrip) std::memset(to, 0, kStrip * kStrip * sizeof(T));
-        transpose_matrix(strip + o * kStrip, kStrip, strip + outputs * kStrip, rows, kStrip, to, kStrip);
+    }
+    for (int64_t panel = 0; panel < panels_; ++panel) {
+      const int64_t o = panel * kStrip, rows = std::min(outputs - o, kStrip);
+      T* to = memory.panels + panel * kChunk * kStrip;
+      if (rows < kStrip) std::memset(to, 0, kChunk * kStrip * sizeof(T));
+      for (int64_t p = 0; p < count; p += kStrip) {
+        const T* strip = memory.strips + p * outputs;
+        transpose_matrix(strip + o * kStrip, kStrip, strip + outputs * kStrip, rows, kStrip, to + p * kStrip, kStrip);
       }
     }
   }
@@ -222,15 +225,20 @@ class RowsBackward1x1 {
   }
 
   // z of channel c, and scale * dz, for the way back through the normalisation not yet corrected.
-  void pass_back(Range positions, int64_t c, const T* dz, T* z, double* norm_sums) const {
+  __attribute__((noinline)) void pass_back(Range positions, int64_t c, const T* dz, T* z, double* norm_sums) const {
+    // Constants of the function's own, which stores cannot reach, stay in registers.
+    const Norm<T>& all = call_.norm();
+    T mean = all.mean[c], bias = all.bias[c], scale = all.scale[c];
+    const Norm<T> norm{&mean, &bias, &scale};
+    const bool add = call_.args.add;
     const T* x = x_.row(c) + positions.begin;
     T* to = grad_x_.row(c) + positions.begin;
     NormSums<T> sums;
     for (int64_t left = positions.end - positions.begin; left > 0; left -= kLanes<T>) {
       const Vec<T> value = load_first<T>(x, left);
-      store<T>(z, call_.norm().relu_of(value, c));
-      const Vec<T> scaled = through_norm(call_.norm(), c, value, load_first<T>(dz, left), sums);
-      store_first(to, call_.args.add ? load_first<T>(to, left) + scaled : scaled, left);
+      store<T>(z, norm.relu_of(value, 0));
+      const Vec<T> scaled = through_norm(norm, 0, value, load_first<T>(dz, left), sums);
+      store_first(to, add ? load_first<T>(to, left) + scaled : scaled, left);
       x += kLanes<T>, dz += kLanes<T>, z += kLanes<T>, to += kLanes<T>;
     }
     norm_sums[0] += sum_lanes<T>(sums.gradient);
