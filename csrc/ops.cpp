@@ -18,13 +18,16 @@
 #define BN_RELU_CONV2D_POOL_INPUTS \
   "Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor mean, Tensor var, bool training, float eps"
 #define BN_RELU_CONV2D_POOL "(" BN_RELU_CONV2D_POOL_INPUTS ") -> Tensor"
-#define BN_RELU_CONV2D_POOL_BACKWARD                                                                      \
-  "(Tensor grad_out, " BN_RELU_CONV2D_POOL_INPUTS ") -> (Tensor grad_x, Tensor grad_norm_weight, Tensor " \
-                                                  "grad_norm_bias)"
+#define BN_RELU_CONV2D_POOL_BACKWARD                      \
+  "(Tensor grad_out, " BN_RELU_CONV2D_POOL_INPUTS         \
+  ") -> (Tensor grad_x, Tensor grad_norm_weight, Tensor " \
+  "grad_norm_bias)"
 // A dense block's cells: `layers` says how many each layer has, one or two; three parameters and an eps for each.
 // `kept` are map and moments between the convolutions of each layer of two, or none.
 #define BN_RELU_CONV2D_CELLS "Tensor[] parameters, int[] layers, float[] eps"
-#define BN_RELU_CONV2D_BLOCK "(Tensor x, " BN_RELU_CONV2D_CELLS ") -> (Tensor buffer, Tensor moments, Tensor[] kept)"
+#define BN_RELU_CONV2D_BLOCK         \
+  "(Tensor x, " BN_RELU_CONV2D_CELLS \
+  ", Tensor(a!)[] running, float momentum) -> (Tensor buffer, Tensor moments, Tensor[] kept)"
 #define BN_RELU_CONV2D_BLOCK_BACKWARD                                                     \
   "(Tensor grad_out, Tensor buffer, Tensor moments, Tensor[] kept, " BN_RELU_CONV2D_CELLS \
   ") -> (Tensor grad_buffer, Tensor[] grad_parameters)"

@@ -330,7 +330,7 @@ def _new_block_map(x, channels):
     return rows.view(channels, height, width, n).permute(3, 0, 1, 2)
 
 
-def _fake_block(x, parameters, layers, eps):
+def _fake_block(x, parameters, layers, eps, running, momentum):
     total, cell, kept = x.shape[1], 0, []
     for count in layers:
         read = total

@@ -164,6 +164,10 @@ def test_two_forward_passes_before_the_backward_pass():
     torch.testing.assert_close(x.grad, y.grad, rtol=1e-9, atol=1e-9)
 
 
+def wide_ones(channels):
+    return torch.ones(2 * channels, dtype=torch.float64)
+
+
 CHANGED = {
     "hook on a layer": lambda m: m.denselayer2.register_forward_hook(lambda *_: None),
     "hook on a norm": lambda m: m.denselayer2.norm1.register_forward_hook(lambda *_: None),
@@ -171,6 +175,7 @@ CHANGED = {
     "another activation": lambda m: setattr(m.denselayer1, "relu1", nn.SiLU()),
     "a frozen normalisation": lambda m: m.denselayer3.norm2.eval(),
     "another momentum": lambda m: setattr(m.denselayer3.norm2, "momentum", 0.3),
+    "running statistics with gaps": lambda m: setattr(m.denselayer2.norm1, "running_var", wide_ones(20)[::2]),
     "a bias": lambda m: setattr(m.denselayer1.conv2, "bias", nn.Parameter(torch.ones(8, dtype=torch.float64))),
     "eval": lambda m: m.eval(),
 }

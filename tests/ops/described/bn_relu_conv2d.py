@@ -106,17 +106,18 @@ def _pool_backward_sample(dtype: torch.dtype, training: bool) -> tuple[tuple, di
 
 
 def _block_arguments(dtype: torch.dtype, training: bool) -> tuple:
-    """x, and the cells of two layers; in training both are bottlenecks."""
-    layers, channels, parameters = [2, 2 if training else 1], 3, []
+    """x, the cells of two layers, in training both bottlenecks, and the cells' running statistics."""
+    layers, channels, parameters, running = [2, 2 if training else 1], 3, [], []
     for count in layers:
         inputs = channels
         for kernel, outputs in ((1, 4), (3, 2))[2 - count :]:
-            cell, _ = make_layer(Layer(2, inputs, 3, 5, outputs, kernel), dtype, seed=len(parameters))
+            cell, states = make_layer(Layer(2, inputs, 3, 5, outputs, kernel), dtype, seed=len(parameters))
             parameters += list(cell.values())[1:]
+            running += states.values()
             inputs = outputs
         channels += inputs
     x = make_layer(Layer(2, 3, 3, 5, 1), dtype)[0]["x"]
-    return x, parameters, layers, [_EPS] * sum(layers)
+    return x, parameters, layers, [_EPS] * sum(layers), running, 0.1
 
 
 def _block_sample(dtype: torch.dtype, training: bool) -> tuple[tuple, dict]:
@@ -124,8 +125,8 @@ def _block_sample(dtype: torch.dtype, training: bool) -> tuple[tuple, dict]:
 
 
 def _block_backward_sample(dtype: torch.dtype, training: bool) -> tuple[tuple, dict]:
-    x, *cells = _block_arguments(dtype, training)
-    buffer, moments, kept = torch.ops.pyext.bn_relu_conv2d_block(x, *cells)
+    x, *cells, running, momentum = _block_arguments(dtype, training)
+    buffer, moments, kept = torch.ops.pyext.bn_relu_conv2d_block(x, *cells, running, momentum)
     return (torch.randn_like(buffer), buffer, moments, kept if training else [], *cells), {}
 
 
