@@ -25,9 +25,7 @@
 // A dense block's cells: `layers` says how many each layer has, one or two; three parameters and an eps for each.
 // `kept` are map and moments between the convolutions of each layer of two, or none.
 #define BN_RELU_CONV2D_CELLS "Tensor[] parameters, int[] layers, float[] eps"
-#define BN_RELU_CONV2D_BLOCK         \
-  "(Tensor x, " BN_RELU_CONV2D_CELLS \
-  ", Tensor(a!)[] running, float momentum) -> (Tensor buffer, Tensor moments, Tensor[] kept)"
+#define BN_RELU_CONV2D_BLOCK "(Tensor x, " BN_RELU_CONV2D_CELLS ") -> (Tensor buffer, Tensor moments, Tensor[] kept)"
 #define BN_RELU_CONV2D_BLOCK_BACKWARD                                                     \
   "(Tensor grad_out, Tensor buffer, Tensor moments, Tensor[] kept, " BN_RELU_CONV2D_CELLS \
   ") -> (Tensor grad_buffer, Tensor[] grad_parameters)"
@@ -75,6 +73,7 @@ STABLE_TORCH_LIBRARY(pyext, m) {
   m.def("bn_relu_conv2d_backward_triton" BN_RELU_CONV2D_BACKWARD);
   m.def("bn_relu_conv2d_block" BN_RELU_CONV2D_BLOCK);
   m.def("bn_relu_conv2d_block_backward" BN_RELU_CONV2D_BLOCK_BACKWARD);
+  m.def("bn_relu_conv2d_running(Tensor(a!)[] running, Tensor[] moments, int count, float momentum) -> ()");
   m.def("bn_relu_conv2d_pool" BN_RELU_CONV2D_POOL);
   m.def("bn_relu_conv2d_pool_backward" BN_RELU_CONV2D_POOL_BACKWARD);
   m.def("dense_block(Tensor x, Tensor packed, int[] extents) -> Tensor");

@@ -6,7 +6,6 @@
 
 #include <optional>
 #include <tuple>
-#include <type_traits>
 #include <vector>
 
 #include "checks/bn_relu_conv2d.h"
@@ -100,35 +99,6 @@ class Block {
                     "bn_relu_conv2d: ", name, " is not one that the block's forward pass gives");
   }
 
-  // Mean and variance of every cell's normalisation, which are written to.
-  void check_running(const std::vector<Tensor>& running) const {
-    STD_TORCH_CHECK(kCellParameters * running.size() == 2 * parameters_.size(), "bn_relu_conv2d: ", running.size(),
-                    " running statistics, expected two for each cell");
-    for (size_t i = 0; i < running.size(); ++i) {
-      const Shape shape{1, {parameters_[kCellParameters * (i / 2)].size(0)}};
-      STD_TORCH_CHECK(running[i].is_cpu() && running[i].is_contiguous() && has_shape(running[i], shape) &&
-                          dtype_of(running[i].scalar_type()) == dtype_,
-                      "bn_relu_conv2d: running[", i, "] does not fit its cell in shape, strides, dtype or device");
-    }
-  }
-
-  // Towards the batch's mean and unbiased variance, as torch does it.
-  void move_running(const Tensor* running, const Cell& cell, const void* mean, const void* var, double momentum) const {
-    const double count = static_cast<double>(cell.sizes.batch) * cell.sizes.positions();
-    const auto move = [&](auto* to, const void* from, double factor) {
-      using T = std::remove_pointer_t<decltype(to)>;
-      const T* batch = static_cast<const T*>(from);
-      const T weight = static_cast<T>(momentum), scale = static_cast<T>(factor);
-      for (int64_t c = 0; c < cell.sizes.in_channels; ++c) to[c] += weight * (scale * batch[c] - to[c]);
-    };
-    const auto move_both = [&](auto zero) {
-      move(static_cast<decltype(zero)*>(running[0].data_ptr()), mean, 1);
-      move(static_cast<decltype(zero)*>(running[1].data_ptr()), var, count / (count - 1));
-    };
-    if (dtype_ == DType::kDouble) return move_both(double{});
-    move_both(float{});
-  }
-
   void check_moments(const Tensor& moments, int64_t channels) const {
     STD_TORCH_CHECK(moments.is_cpu() && moments.is_contiguous() && dtype_of(moments.scalar_type()) == dtype_ &&
                         has_shape(moments, Shape{2, {2, channels}}),
@@ -197,11 +167,9 @@ std::tuple<Tensor, Tensor> squeeze(const Block& block, const Layer& layer, const
 
 std::tuple<Tensor, Tensor, std::vector<Tensor>> forward(const Tensor& x, const std::vector<Tensor>& parameters,
                                                         const std::vector<int64_t>& layers,
-                                                        const std::vector<double>& eps,
-                                                        const std::vector<Tensor>& running, double momentum) {
+                                                        const std::vector<double>& eps) {
   STD_TORCH_CHECK(x.dim() == 4, "bn_relu_conv2d: x has ", x.dim(), " dimensions, expected (N, C, H, W)");
   const Block block(x, x.size(1), parameters, layers, eps);
-  block.check_running(running);
   Tensor buffer = new_map(x, block.total);
   const Tensor moments = torch::stable::new_empty(x, {2, block.read});
   Tensor given = torch::stable::narrow(buffer, 1, 0, x.size(1));
@@ -209,20 +177,15 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> forward(const Tensor& x, const s
   const Map maps = map_of(buffer);
   void *means = moments.data_ptr(), *vars = block.at(means, block.read);
   std::vector<Tensor> kept;
-  const Tensor* moved = running.data();
   int64_t known = 0;  // channels whose moments are
   for (const Layer& layer : block.layers) {
     take_statistics(block, layer.first, block.from_channel(maps, known), layer.channels - known, block.at(means, known),
                     block.at(vars, known));
     known = layer.channels;
     BNReLUConv2d args = block.call(layer.first, maps, means, vars);
-    block.move_running(moved, layer.first, means, vars, momentum);
-    moved += 2;
     if (layer.bottleneck) {
       const auto [map, own] = squeeze(block, layer, x, maps, moments);
       args = block.call(layer.last, map_of(map), own.data_ptr(), block.at(own.data_ptr(), map.size(1)));
-      block.move_running(moved, layer.last, args.mean, args.var, momentum);
-      moved += 2;
       kept.push_back(map);
       kept.push_back(own);
     }
@@ -313,11 +276,45 @@ std::tuple<Tensor, std::vector<Tensor>> backward(const Tensor& grad_out, const T
   return {grad, grads};
 }
 
+template <typename T>
+void move_one(const Tensor& running, const Tensor& moments, int64_t row, T factor, T momentum) {
+  T* to = static_cast<T*>(running.data_ptr());
+  const T* batch = static_cast<const T*>(moments.data_ptr()) + row * moments.size(1);
+  for (int64_t c = 0; c < running.size(0); ++c) to[c] += momentum * (factor * batch[c] - to[c]);
+}
+
+// Means and variances in turn, towards the moments over `count` values of their channels, each the first of those
+// given, (2, channels); as torch's batch normalisation does.
+void move_running(const std::vector<Tensor>& running, const std::vector<Tensor>& moments, int64_t count,
+                  double momentum) {
+  STD_TORCH_CHECK(running.size() == 2 * moments.size() && count > 1, "bn_relu_conv2d: ", running.size(),
+                  " running statistics for ", moments.size(), " moments over ", count, " values");
+  for (size_t i = 0; i < running.size(); ++i) {
+    const Tensor &to = running[i], &from = moments[i / 2];
+    const std::optional<DType> dtype = dtype_of(from.scalar_type());
+    STD_TORCH_CHECK((dtype == DType::kFloat || dtype == DType::kDouble) && dtype_of(to.scalar_type()) == dtype &&
+                        to.is_cpu() && to.is_contiguous() && to.dim() == 1 && from.is_cpu() && from.is_contiguous() &&
+                        from.dim() == 2 && from.size(0) == 2 && from.size(1) >= to.size(0),
+                    "bn_relu_conv2d: running[", i, "] does not fit its moments in shape, strides, dtype or device");
+  }
+  const double unbiased = static_cast<double>(count) / static_cast<double>(count - 1);
+  for (size_t i = 0; i < running.size(); ++i) {
+    const int64_t row = i % 2;
+    const double factor = row ? unbiased : 1;
+    if (running[i].scalar_type() == ScalarType::Double) {
+      move_one<double>(running[i], moments[i / 2], row, factor, momentum);
+    } else {
+      move_one<float>(running[i], moments[i / 2], row, static_cast<float>(factor), static_cast<float>(momentum));
+    }
+  }
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pyext, CPU, m) {
   m.impl("bn_relu_conv2d_block", TORCH_BOX(&forward));
   m.impl("bn_relu_conv2d_block_backward", TORCH_BOX(&backward));
+  m.impl("bn_relu_conv2d_running", TORCH_BOX(&move_running));
 }
 
 }  // namespace pyext::cpu

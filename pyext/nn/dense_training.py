@@ -46,15 +46,23 @@ def train_dense_block(cells: Sequence[Sequence[tuple[Any, Any]]], x: Tensor, mem
     return _Block.apply(norms, plan, x, *parameters)
 
 
+def _move_running(norms: Sequence[Any], moments: Sequence[Tensor], count: int) -> None:
+    """Of all normalisations, whose momentum is one, towards the moments over `count` values of their channels, each
+    the first of those given: (2, channels)."""
+    running = [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var)]
+    _OPS.bn_relu_conv2d_running(running, moments, count, norms[0].momentum)
+    torch.autograd.graph.increment_version(running)
+    steps: list[Any] = [norm.num_batches_tracked for norm in norms]
+    torch._foreach_add_(steps, 1)
+
+
 class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, norms: Sequence[Any], plan: _Plan, x: Tensor, *parameters: Tensor) -> Tensor:
-        running = [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var)]
-        cells = parameters, plan.layers, plan.eps
-        buffer, moments, kept = _OPS.bn_relu_conv2d_block(x, *cells, running, norms[0].momentum)
-        torch.autograd.graph.increment_version(running)
-        steps: list[Any] = [norm.num_batches_tracked for norm in norms]
-        torch._foreach_add_(steps, 1)
+        buffer, moments, kept = _OPS.bn_relu_conv2d_block(x, parameters, plan.layers, plan.eps)
+        own = iter(kept[1::2])
+        used = [moments if cell == 0 else next(own) for count in plan.layers for cell in range(count)]
+        _move_running(norms, used, x.shape[0] * x.shape[2] * x.shape[3])
         ctx.plan, ctx.channels = plan, x.shape[1]
         ctx.save_for_backward(buffer, moments, *parameters, *([] if plan.lean else kept))
         return buffer.contiguous(memory_format=memory_format_of(x))

@@ -330,7 +330,7 @@ def _new_block_map(x, channels):
     return rows.view(channels, height, width, n).permute(3, 0, 1, 2)
 
 
-def _fake_block(x, parameters, layers, eps, running, momentum):
+def _fake_block(x, parameters, layers, eps):
     total, cell, kept = x.shape[1], 0, []
     for count in layers:
         read = total
@@ -381,6 +381,7 @@ for _variant, _rows in (("", _in_rows), ("_triton", lambda *_: False)):
 register_differentiable(
     "bn_relu_conv2d_pool", _fake_pool, _fake_pool_backward, _setup_pool_context, _pool_backward, [""]
 )
+torch.library.register_fake("pyext::bn_relu_conv2d_running")(lambda *_: None)
 torch.library.register_fake("pyext::bn_relu_conv2d_block")(_fake_block)
 torch.library.register_fake("pyext::bn_relu_conv2d_block_backward")(_fake_block_backward)
 register_triton("bn_relu_conv2d_statistics_triton", _triton_statistics)

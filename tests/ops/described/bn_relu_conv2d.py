@@ -106,18 +106,17 @@ def _pool_backward_sample(dtype: torch.dtype, training: bool) -> tuple[tuple, di
 
 
 def _block_arguments(dtype: torch.dtype, training: bool) -> tuple:
-    """x, the cells of two layers, in training both bottlenecks, and the cells' running statistics."""
-    layers, channels, parameters, running = [2, 2 if training else 1], 3, [], []
+    """x, and the cells of two layers; in training both are bottlenecks."""
+    layers, channels, parameters = [2, 2 if training else 1], 3, []
     for count in layers:
         inputs = channels
         for kernel, outputs in ((1, 4), (3, 2))[2 - count :]:
-            cell, states = make_layer(Layer(2, inputs, 3, 5, outputs, kernel), dtype, seed=len(parameters))
+            cell, _ = make_layer(Layer(2, inputs, 3, 5, outputs, kernel), dtype, seed=len(parameters))
             parameters += list(cell.values())[1:]
-            running += states.values()
             inputs = outputs
         channels += inputs
     x = make_layer(Layer(2, 3, 3, 5, 1), dtype)[0]["x"]
-    return x, parameters, layers, [_EPS] * sum(layers), running, 0.1
+    return x, parameters, layers, [_EPS] * sum(layers)
 
 
 def _block_sample(dtype: torch.dtype, training: bool) -> tuple[tuple, dict]:
@@ -125,9 +124,14 @@ def _block_sample(dtype: torch.dtype, training: bool) -> tuple[tuple, dict]:
 
 
 def _block_backward_sample(dtype: torch.dtype, training: bool) -> tuple[tuple, dict]:
-    x, *cells, running, momentum = _block_arguments(dtype, training)
-    buffer, moments, kept = torch.ops.pyext.bn_relu_conv2d_block(x, *cells, running, momentum)
+    x, *cells = _block_arguments(dtype, training)
+    buffer, moments, kept = torch.ops.pyext.bn_relu_conv2d_block(x, *cells)
     return (torch.randn_like(buffer), buffer, moments, kept if training else [], *cells), {}
+
+
+def _running_sample(dtype: torch.dtype, training: bool) -> tuple[tuple, dict]:
+    running = [torch.rand(channels, dtype=dtype) for channels in (3, 3, 5, 5)]
+    return (running, [torch.rand(2, 5, dtype=dtype) for _ in range(2)], 7, 0.1), {}
 
 
 DESCRIPTION = Description(
@@ -140,6 +144,7 @@ DESCRIPTION = Description(
         "bn_relu_conv2d_backward": _backward_sample,
         "bn_relu_conv2d_pool": _pool_sample,
         "bn_relu_conv2d_pool_backward": _pool_backward_sample,
+        "bn_relu_conv2d_running": _running_sample,
         "bn_relu_conv2d_block": _block_sample,
         "bn_relu_conv2d_block_backward": _block_backward_sample,
     },
