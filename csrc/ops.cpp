@@ -14,6 +14,22 @@
   "(Tensor grad_out, " BN_RELU_CONV2D_INPUTS \
   ") -> (Tensor grad_x, Tensor grad_norm_weight, Tensor grad_norm_bias, Tensor grad_conv_weight)"
 
+// With an average pool of 2x2 in place of the convolution.
+#define BN_RELU_CONV2D_POOL_INPUTS \
+  "Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor mean, Tensor var, bool training, float eps"
+#define BN_RELU_CONV2D_POOL "(" BN_RELU_CONV2D_POOL_INPUTS ") -> Tensor"
+#define BN_RELU_CONV2D_POOL_BACKWARD                      \
+  "(Tensor grad_out, " BN_RELU_CONV2D_POOL_INPUTS         \
+  ") -> (Tensor grad_x, Tensor grad_norm_weight, Tensor " \
+  "grad_norm_bias)"
+// A dense block's cells: `layers` says how many each layer has, one or two; three parameters and an eps for each.
+// `kept` are map and moments between the convolutions of each layer of two, or none.
+#define BN_RELU_CONV2D_CELLS "Tensor[] parameters, int[] layers, float[] eps"
+#define BN_RELU_CONV2D_BLOCK "(Tensor x, " BN_RELU_CONV2D_CELLS ") -> (Tensor buffer, Tensor moments, Tensor[] kept)"
+#define BN_RELU_CONV2D_BLOCK_BACKWARD                                                     \
+  "(Tensor grad_out, Tensor buffer, Tensor moments, Tensor[] kept, " BN_RELU_CONV2D_CELLS \
+  ") -> (Tensor grad_buffer, Tensor[] grad_parameters)"
+
 #define GATED_EXCITATION_INPUTS "Tensor u, Tensor[] parameters, Tensor[] running, bool training, float eps"
 #define GATED_EXCITATION_BACKWARD                                                                       \
   "(Tensor grad_out, Tensor u, Tensor[] parameters, Tensor[] running, Tensor position, Tensor pooled, " \
@@ -55,6 +71,11 @@ STABLE_TORCH_LIBRARY(pyext, m) {
   m.def("bn_relu_conv2d_statistics_triton" BN_RELU_CONV2D_STATISTICS);
   m.def("bn_relu_conv2d_backward" BN_RELU_CONV2D_BACKWARD);
   m.def("bn_relu_conv2d_backward_triton" BN_RELU_CONV2D_BACKWARD);
+  m.def("bn_relu_conv2d_block" BN_RELU_CONV2D_BLOCK);
+  m.def("bn_relu_conv2d_block_backward" BN_RELU_CONV2D_BLOCK_BACKWARD);
+  m.def("bn_relu_conv2d_running(Tensor(a!)[] running, Tensor[] moments, int count, float momentum) -> ()");
+  m.def("bn_relu_conv2d_pool" BN_RELU_CONV2D_POOL);
+  m.def("bn_relu_conv2d_pool_backward" BN_RELU_CONV2D_POOL_BACKWARD);
   m.def("dense_block(Tensor x, Tensor packed, int[] extents) -> Tensor");
   m.def("dense_block_pack(Tensor[] tensors, int[] extents, float eps) -> Tensor");
   m.def("gated_excitation(" GATED_EXCITATION_INPUTS ", bool save) -> (Tensor out, " GATED_EXCITATION_SAVED ")");

@@ -15,17 +15,18 @@
 #include "cpu/tensors.h"
 
 namespace pyext::cpu {
-namespace {
 
-using bn_relu_conv2d::Sizes;
-
-const BNReLUConv2dKernels& kernels() {
+const BNReLUConv2dKernels& selected_bn_relu_conv2d() {
 #if defined(__x86_64__)
   return select(baseline::bn_relu_conv2d_kernels, avx2::bn_relu_conv2d_kernels, avx512::bn_relu_conv2d_kernels);
 #else
   return baseline::bn_relu_conv2d_kernels;
 #endif
 }
+
+namespace {
+
+using bn_relu_conv2d::Sizes;
 
 DType map_type(const Tensor& map, const char* name) {
   const std::optional<DType> dtype = dtype_of(map.scalar_type());
@@ -51,30 +52,47 @@ Tensor new_map(const Tensor& x, bool rows, int64_t n, int64_t channels, int64_t 
 class Inputs {
  public:
   Inputs(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& conv_weight,
-         const Tensor& mean, const Tensor& var, bool training, double eps, int64_t stride, int64_t groups) {
+         const Tensor& mean, const Tensor& var, bool training, double eps, int64_t stride, int64_t groups)
+      : Inputs(x, bn_relu_conv2d::sizes_of(x, conv_weight, stride, groups), norm_weight, norm_bias, mean, var, training,
+               eps) {
+    STD_TORCH_CHECK(args.sizes.kernel == 3 || (groups == 1 && stride == 1),
+                    "bn_relu_conv2d: the kernels have 3x3 convolutions, and 1x1 ones without groups and stride");
+    args.rows = in_rows(args.x, args.dtype, args.sizes);
+    const Shape weight = bn_relu_conv2d::weight_shape(args.sizes);
+    args.conv_weight = data(conv_weight, weight, args.parameter_dtype, "conv_weight");
+  }
+
+  // Of a normalisation with a pool behind it.
+  Inputs(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& mean, const Tensor& var,
+         bool training, double eps)
+      : Inputs(x, pool_sizes(x), norm_weight, norm_bias, mean, var, training, eps) {}
+
+  BNReLUConv2d args{};
+
+ private:
+  Inputs(const Tensor& x, const Sizes& s, const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& mean,
+         const Tensor& var, bool training, double eps) {
     args.dtype = map_type(x, "x");
     args.parameter_dtype = parameter_type(norm_weight);
     bn_relu_conv2d::check_eps(eps);
     args.training = training;
     args.eps = eps;
     args.x = map_of(x);
-    const Sizes& s = args.sizes = bn_relu_conv2d::sizes_of(x, conv_weight, stride, groups);
-    STD_TORCH_CHECK(s.kernel == 3 || (groups == 1 && stride == 1),
-                    "bn_relu_conv2d: the kernels have 3x3 convolutions, and 1x1 ones without groups and stride");
-    args.rows = in_rows(args.x, args.dtype, s);
+    args.sizes = s;
     const Shape vector = bn_relu_conv2d::vector_shape(s);
-    const Shape weight = bn_relu_conv2d::weight_shape(s);
     args.norm_weight = data(norm_weight, vector, args.parameter_dtype, "norm_weight");
     args.norm_bias = data(norm_bias, vector, args.parameter_dtype, "norm_bias");
-    args.conv_weight = data(conv_weight, weight, args.parameter_dtype, "conv_weight");
     const DType wide = args.dtype == DType::kDouble ? DType::kDouble : DType::kFloat;
     args.mean = data(mean, vector, wide, "mean");
     args.var = data(var, vector, wide, "var");
   }
 
-  BNReLUConv2d args{};
+  static Sizes pool_sizes(const Tensor& x) {
+    STD_TORCH_CHECK(x.dim() == 4 && x.size(1) > 0 && x.size(2) > 1 && x.size(3) > 1,
+                    "bn_relu_conv2d: x has no window of 2x2");
+    return {x.size(0), x.size(1), x.size(2), x.size(3), x.size(1), 1, 0, 1};
+  }
 
- private:
   DType parameter_type(const Tensor& tensor) const {
     const std::optional<DType> found = dtype_of(tensor.scalar_type());
     STD_TORCH_CHECK(found == args.dtype || (found == DType::kFloat && args.dtype != DType::kDouble),
@@ -111,7 +129,7 @@ std::tuple<Tensor, Tensor> statistics(const Tensor& x) {
   args.mean = mean.data_ptr();
   args.var = var.data_ptr();
   CallMemory memory;
-  kernels().statistics(args, memory.host());
+  selected_bn_relu_conv2d().statistics(args, memory.host());
   return {mean, var};
 }
 
@@ -122,7 +140,7 @@ Tensor forward(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bi
   const Tensor out = new_map(x, inputs.args.rows, s.batch, s.out_channels, s.out_height(), s.out_width());
   inputs.args.out = map_of(out);
   CallMemory memory;
-  kernels().forward(inputs.args, memory.host());
+  selected_bn_relu_conv2d().forward(inputs.args, memory.host());
   return out;
 }
 
@@ -150,8 +168,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, cons
   inputs.args.grad_norm_bias = grad_norm_bias.data_ptr();
   inputs.args.grad_conv_weight = grad_conv_weight.data_ptr();
   CallMemory memory;
-  kernels().backward(inputs.args, memory.host());
+  selected_bn_relu_conv2d().backward(inputs.args, memory.host());
   return {grad_x, grad_norm_weight, grad_norm_bias, grad_conv_weight};
+}
+
+Tensor pool(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& mean, const Tensor& var,
+            bool training, double eps) {
+  Inputs inputs(x, norm_weight, norm_bias, mean, var, training, eps);
+  const Sizes& s = inputs.args.sizes;
+  const Tensor out = torch::stable::new_empty(x, {s.batch, s.in_channels, s.height / 2, s.width / 2});
+  inputs.args.out = map_of(out);
+  CallMemory memory;
+  selected_bn_relu_conv2d().pool(inputs.args, memory.host());
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> pool_backward(const Tensor& grad_out, const Tensor& x, const Tensor& norm_weight,
+                                                 const Tensor& norm_bias, const Tensor& mean, const Tensor& var,
+                                                 bool training, double eps) {
+  Inputs inputs(x, norm_weight, norm_bias, mean, var, training, eps);
+  const Sizes& s = inputs.args.sizes;
+  STD_TORCH_CHECK(grad_out.is_cpu() && grad_out.scalar_type() == x.scalar_type() &&
+                      has_shape(grad_out, Shape{4, {s.batch, s.in_channels, s.height / 2, s.width / 2}}),
+                  "bn_relu_conv2d: grad_out differs from the result in shape, dtype or device");
+  const Tensor grad_x = new_map(x, false, s.batch, s.in_channels, s.height, s.width);
+  const Tensor grad_norm_weight = new_vector(x, s.in_channels), grad_norm_bias = new_vector(x, s.in_channels);
+  inputs.args.grad_out = map_of(grad_out);
+  inputs.args.grad_x = map_of(grad_x);
+  inputs.args.grad_norm_weight = grad_norm_weight.data_ptr();
+  inputs.args.grad_norm_bias = grad_norm_bias.data_ptr();
+  CallMemory memory;
+  selected_bn_relu_conv2d().pool_backward(inputs.args, memory.host());
+  return {grad_x, grad_norm_weight, grad_norm_bias};
 }
 
 }  // namespace
@@ -160,6 +208,8 @@ STABLE_TORCH_LIBRARY_IMPL(pyext, CPU, m) {
   m.impl("bn_relu_conv2d", TORCH_BOX(&forward));
   m.impl("bn_relu_conv2d_statistics", TORCH_BOX(&statistics));
   m.impl("bn_relu_conv2d_backward", TORCH_BOX(&backward));
+  m.impl("bn_relu_conv2d_pool", TORCH_BOX(&pool));
+  m.impl("bn_relu_conv2d_pool_backward", TORCH_BOX(&pool_backward));
 }
 
 }  // namespace pyext::cpu

@@ -5,6 +5,7 @@
 #include "cpu/bn_relu_conv2d/backward_1x1.h"
 #include "cpu/bn_relu_conv2d/backward_3x3.h"
 #include "cpu/bn_relu_conv2d/forward.h"
+#include "cpu/bn_relu_conv2d/pool.h"
 #include "cpu/bn_relu_conv2d/rows_1x1.h"
 #include "cpu/bn_relu_conv2d/rows_3x3.h"
 
@@ -56,8 +57,21 @@ void run_backward(const BNReLUConv2d& args, const Host& host) {
   });
 }
 
+void run_corrections(const BNReLUConv2d& args, const Host& host) {
+  with_row_type(args, [&](auto element) { run_row_corrections<decltype(element)>(args, host); });
+}
+
+void run_pool(const BNReLUConv2d& args, const Host& host) {
+  with_element_type(args.dtype, [&](auto element) { PoolForward<decltype(element)>(args, host).run(); });
+}
+
+void run_pool_backward(const BNReLUConv2d& args, const Host& host) {
+  with_element_type(args.dtype, [&](auto element) { PoolBackward<decltype(element)>(args, host).run(); });
+}
+
 }  // namespace
 
-const BNReLUConv2dKernels bn_relu_conv2d_kernels = {run_statistics, run_forward, run_backward};
+const BNReLUConv2dKernels bn_relu_conv2d_kernels = {run_statistics,  run_forward, run_backward,
+                                                    run_corrections, run_pool,    run_pool_backward};
 
 }  // namespace pyext::cpu::PYEXT_CAPABILITY

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pyext.nn.dense_inference import forget, infer_folded, infer_transition
 from pyext.nn.hooks import has_forward_hooks
 from pyext.nn.memory_format import memory_format_of, trains_on_the_cpu
-from pyext.ops.bn_relu_conv2d import OPERATOR, bn_relu_conv2d
+from pyext.ops.bn_relu_conv2d import OPERATOR, bn_relu_conv2d, bn_relu_pool
 
 _LEAST_POSITIONS = 16
 
@@ -83,8 +83,8 @@ class BNReLUConv2d(nn.Module):
 
 class BNReLUConvSequential(nn.Sequential):
     """`torch.nn.Sequential` that trains every BatchNorm2d, ReLU, Conv2d among its modules as one operator,
-    `bn_relu_conv2d`, where that computes the same and is faster. At inference on the CPU an average pool behind a 1x1
-    convolution comes before it (both are linear, and of each window one product is left), and a BatchNorm2d becomes
+    `bn_relu_conv2d`, where that computes the same and is faster. On the CPU an average pool behind a 1x1 convolution
+    comes before it (both are linear, and of each window one product is left), and at inference a BatchNorm2d becomes
     part of the convolution before it. Names and state dictionary are nn.Sequential's.
 
     Source: arXiv 1603.05027.
@@ -94,12 +94,12 @@ class BNReLUConvSequential(nn.Sequential):
         modules: list[Any] = list(self._modules.values())
         i = 0
         while i < len(modules):
-            if is_cell(modules[i : i + 3]) and _is_nchw(x) and _runs_operator(modules[i], modules[i + 2], x):
-                x = _run_operator(modules[i], modules[i + 2], x)
-                i += 3
-            elif _pools_first(modules[i : i + 4], x):
+            if _pools_first(modules[i : i + 4], x):
                 x = self._pass_on(i, modules[i : i + 4], x)
                 i += 4
+            elif is_cell(modules[i : i + 3]) and _is_nchw(x) and _runs_operator(modules[i], modules[i + 2], x):
+                x = _run_operator(modules[i], modules[i + 2], x)
+                i += 3
             elif _folds(modules[i : i + 2]) and (folded := infer_folded(self, i, modules[i : i + 2], x)) is not None:
                 x = folded
                 i += 2
@@ -116,12 +116,9 @@ class BNReLUConvSequential(nn.Sequential):
     def _pass_on(self, place: int, modules: Sequence[Any], x: Tensor) -> Tensor:
         """Norm, activation, convolution and pool, whose places are changed."""
         norm, activation, conv, pool = modules
-        if (
-            computes_the_operator(norm, conv)
-            and conv.groups == 1
-            and _is_pair(pool.kernel_size)
-            and _is_pair(pool.stride)
-        ):
+        if torch.is_grad_enabled():
+            return conv(_run_pool(norm, x))
+        if computes_the_operator(norm, conv) and conv.groups == 1 and _halves(pool):
             out = infer_transition(self, place, modules, x)
             if out is not None:
                 return out
@@ -135,14 +132,24 @@ def is_cell(modules: Sequence[Any]) -> bool:
 
 def _pools_first(modules: Sequence[Any], x: Any) -> bool:
     """Whether the modules are a cell and an average pool, which may come before the cell's convolution and is seen by
-    nobody there."""
-    if torch.is_grad_enabled() or len(modules) < 4 or not is_cell(modules[:3]) or type(modules[3]) is not nn.AvgPool2d:
+    nobody there; with gradients, where an operator keeps less for them than the modules."""
+    if len(modules) < 4 or not is_cell(modules[:3]) or type(modules[3]) is not nn.AvgPool2d:
         return False
-    conv, pool = modules[2:]
+    norm, _, conv, pool = modules
     alone = conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0)
     averages = pool.padding in (0, (0, 0)) and not pool.ceil_mode and pool.divisor_override is None
     hooked = has_forward_hooks(conv) or has_forward_hooks(pool)
-    return alone and averages and not hooked and isinstance(x, Tensor) and x.device.type == "cpu"
+    if not alone or not averages or hooked or not isinstance(x, Tensor) or x.device.type != "cpu":
+        return False
+    return not torch.is_grad_enabled() or (_halves(pool) and _trains_pool(norm, conv, x))
+
+
+def _trains_pool(norm: Any, conv: Any, x: Tensor) -> bool:
+    """Whether `bn_relu_pool` computes what `norm`, ReLU and a pool of 2x2 make of x."""
+    if not trains_on_the_cpu(x) or not _is_nchw(x) or not computes_the_operator(norm, conv) or not norm.training:
+        return False
+    kinds = {norm.weight.dtype, norm.running_mean.dtype}
+    return kinds == {x.dtype} and min(x.shape[2:]) > 1 and OPERATOR.runs("cpu", x)
 
 
 def _folds(modules: Sequence[Any]) -> bool:
@@ -154,8 +161,8 @@ def _folds(modules: Sequence[Any]) -> bool:
     return conv.bias is None and conv.padding_mode == "zeros" and normalises
 
 
-def _is_pair(extent: int | tuple[int, int]) -> bool:
-    return extent in (2, (2, 2))
+def _halves(pool: nn.AvgPool2d) -> bool:
+    return pool.kernel_size in (2, (2, 2)) and pool.stride in (2, (2, 2))
 
 
 def _is_nchw(x: Any) -> bool:
@@ -176,6 +183,13 @@ def _run_operator(norm: Any, conv: Any, x: Tensor) -> Tensor:
     if norm.training:
         norm.num_batches_tracked.add_(1)
     return out.contiguous(memory_format=memory_format_of(x))
+
+
+def _run_pool(norm: Any, x: Tensor) -> Tensor:
+    statistics = norm.running_mean, norm.running_var
+    out = bn_relu_pool(x, norm.weight, norm.bias, *statistics, momentum=norm.momentum, eps=norm.eps)
+    norm.num_batches_tracked.add_(1)
+    return out
 
 
 def computes_the_operator(norm: Any, conv: Any) -> bool:

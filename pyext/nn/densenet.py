@@ -174,4 +174,6 @@ def _follow(cells: Sequence[tuple[Any, Any]], channels: int | None) -> bool:
 
 
 def _is_of(norm: Any, conv: Any, dtype: torch.dtype) -> bool:
-    return norm.weight.dtype == dtype and conv.weight.dtype == dtype and norm.running_mean.dtype == dtype
+    running = norm.running_mean, norm.running_var
+    alike = all(tensor.dtype == dtype for tensor in (norm.weight, conv.weight, *running))
+    return alike and all(tensor.is_contiguous() for tensor in running)

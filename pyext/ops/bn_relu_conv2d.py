@@ -211,6 +211,27 @@ def batch_statistics(x: Tensor, backend: str | None = None) -> tuple[Tensor, Ten
         return mean, var
 
 
+def bn_relu_pool(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    *,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """avg_pool2d(relu(batch_norm(x)), 2) in training, on the CPU: what a 1x1 convolution before that pool may read.
+
+    Arguments as of `bn_relu_conv2d`, x (N, C, H, W) with H and W at least 2. Of the maps in between none is kept for
+    the gradient. Returns (N, C, H // 2, W // 2) in x's dtype, NCHW.
+    """
+    mean, var = batch_statistics(x, "cpu")
+    out = _OPS.bn_relu_conv2d_pool(x, norm_weight, norm_bias, mean, var, True, eps)
+    update_running(x, mean, var, running_mean, running_var, momentum)
+    return out
+
+
 def _statistics(
     x: Tensor,
     running_mean: Tensor | None,
@@ -281,6 +302,49 @@ def _fake_backward(in_rows, grad_out, x, norm_weight, norm_bias, conv_weight, *o
     return grad_x, *(x.new_empty(p.shape, dtype=wide) for p in parameters)
 
 
+def _fake_pool(x, norm_weight, norm_bias, mean, var, training, eps):
+    n, channels, height, width = x.shape
+    return x.new_empty((n, channels, height // 2, width // 2))
+
+
+def _fake_pool_backward(grad_out, x, norm_weight, norm_bias, *options):
+    wide = accumulate_dtype(x.dtype)
+    return x.new_empty(x.shape), *(x.new_empty((x.shape[1],), dtype=wide) for _ in range(2))
+
+
+def _setup_pool_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:5])
+    ctx.options = inputs[5:]
+
+
+def _pool_backward(op, ctx, grad_out):
+    grad_x, *grads = op(grad_out, *ctx.saved_tensors, *ctx.options)
+    grads = (grad.to(p.dtype) for grad, p in zip(grads, ctx.saved_tensors[1:3], strict=True))
+    return grad_x, *grads, *(None,) * 4
+
+
+def _new_block_map(x, channels):
+    """Uninitialised maps like those of x with images innermost, as csrc/cpu/bn_relu_conv2d_block.cpp makes them."""
+    n, _, height, width = x.shape
+    rows = x.new_empty((channels, height * width * n + 16))[:, :-16]
+    return rows.view(channels, height, width, n).permute(3, 0, 1, 2)
+
+
+def _fake_block(x, parameters, layers, eps):
+    total, cell, kept = x.shape[1], 0, []
+    for count in layers:
+        read = total
+        widths = [parameters[3 * i + 2].shape[0] for i in range(cell, cell + count)]
+        kept += [made for c in widths[:-1] for made in (_new_block_map(x, c), x.new_empty((2, c)))]
+        total += widths[-1]
+        cell += count
+    return _new_block_map(x, total), x.new_empty((2, read)), kept
+
+
+def _fake_block_backward(grad_out, buffer, moments, kept, parameters, layers, eps):
+    return _new_block_map(buffer, buffer.shape[1]), [p.new_empty(p.shape) for p in parameters]
+
+
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:6])
     ctx.options = inputs[6:]
@@ -314,6 +378,12 @@ for _variant in ("", "_triton"):
 for _variant, _rows in (("", _in_rows), ("_triton", lambda *_: False)):
     _shapes = functools.partial(_fake, _rows), functools.partial(_fake_backward, _rows)
     register_differentiable("bn_relu_conv2d", *_shapes, _setup_context, _backward, [_variant])
+register_differentiable(
+    "bn_relu_conv2d_pool", _fake_pool, _fake_pool_backward, _setup_pool_context, _pool_backward, [""]
+)
+torch.library.register_fake("pyext::bn_relu_conv2d_running")(lambda *_: None)
+torch.library.register_fake("pyext::bn_relu_conv2d_block")(_fake_block)
+torch.library.register_fake("pyext::bn_relu_conv2d_block_backward")(_fake_block_backward)
 register_triton("bn_relu_conv2d_statistics_triton", _triton_statistics)
 register_triton("bn_relu_conv2d_triton", _triton_forward)
 register_triton("bn_relu_conv2d_backward_triton", _triton_backward)

@@ -164,6 +164,10 @@ def test_two_forward_passes_before_the_backward_pass():
     torch.testing.assert_close(x.grad, y.grad, rtol=1e-9, atol=1e-9)
 
 
+def wide_ones(channels):
+    return torch.ones(2 * channels, dtype=torch.float64)
+
+
 CHANGED = {
     "hook on a layer": lambda m: m.denselayer2.register_forward_hook(lambda *_: None),
     "hook on a norm": lambda m: m.denselayer2.norm1.register_forward_hook(lambda *_: None),
@@ -171,6 +175,7 @@ CHANGED = {
     "another activation": lambda m: setattr(m.denselayer1, "relu1", nn.SiLU()),
     "a frozen normalisation": lambda m: m.denselayer3.norm2.eval(),
     "another momentum": lambda m: setattr(m.denselayer3.norm2, "momentum", 0.3),
+    "running statistics with gaps": lambda m: setattr(m.denselayer2.norm1, "running_var", wide_ones(20)[::2]),
     "a bias": lambda m: setattr(m.denselayer1.conv2, "bias", nn.Parameter(torch.ones(8, dtype=torch.float64))),
     "eval": lambda m: m.eval(),
 }
@@ -254,17 +259,17 @@ def test_densenet40_trains_as_by_submodules():
     assert_alike(step(copy.deepcopy(model), x), plain_step(model, x))
 
 
-def is_pooled_first(module, x):
+def is_pooled_first(module, x, gradients=False):
     """Whether the convolution of a transition reads maps of a quarter of x's positions."""
     seen = []
     convolve = module.conv._conv_forward
     module.conv._conv_forward = lambda maps, *rest: seen.append(maps.shape) or convolve(maps, *rest)
     try:
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients):
             module(x)
     finally:
         del module.conv._conv_forward
-    return seen[0][2:] == (x.shape[2] // 2, x.shape[3] // 2)
+    return [shape[2:] for shape in seen] == [(x.shape[2] // 2, x.shape[3] // 2)]
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
@@ -277,6 +282,16 @@ def test_a_transition_pools_before_it_convolves(layout):
     with torch.no_grad():
         torch.testing.assert_close(module(x), expected.detach(), rtol=1e-12, atol=1e-12)
     assert is_pooled_first(module.train(), x)
+
+
+def test_a_transition_pools_before_it_convolves_in_training():
+    original, x = draw(_Transition(12, 6)), image()
+    fused = accelerate(copy.deepcopy(original))
+    assert is_pooled_first(copy.deepcopy(fused), x, gradients=True)
+    assert_alike(step(fused, x), step(original, x))
+    assert not is_pooled_first(fused, x.contiguous(memory_format=torch.channels_last), gradients=True)
+    fused.norm.eval()
+    assert not is_pooled_first(fused, x, gradients=True)
 
 
 UNPOOLED = {
@@ -292,6 +307,7 @@ UNPOOLED = {
 
 @pytest.mark.parametrize("name", UNPOOLED)
 def test_what_may_not_be_pooled_first_is_not(name):
-    module = accelerate(draw(_Transition(12, 6))).eval()
+    module = accelerate(draw(_Transition(12, 6)))
     UNPOOLED[name](module)
-    assert not is_pooled_first(module, image())
+    for training in (True, False):
+        assert not is_pooled_first(module.train(training), image(), gradients=training)

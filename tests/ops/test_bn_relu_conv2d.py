@@ -10,7 +10,7 @@ from layouts import MAPS, in_layout
 
 from pyext._backend import BackendError, backend
 from pyext.ops import bn_relu_conv2d
-from pyext.ops.bn_relu_conv2d import batch_statistics, reference
+from pyext.ops.bn_relu_conv2d import batch_statistics, bn_relu_pool, reference
 
 LAYERS = {
     "a1, squeeze": Layer(3, 36, 32, 32, 48),
@@ -40,7 +40,7 @@ def step(layer, inputs, states, function):
     return dict(zip(("out", *inputs, *states), [out.detach(), *grads, *running], strict=True))
 
 
-def assert_exact(layer, inputs, states, actual):
+def assert_exact(layer, inputs, states, actual, reference=reference):
     def evaluations():
         generator = torch.Generator().manual_seed(0)
         near = inputs
@@ -186,6 +186,30 @@ def test_statistics_that_are_known_are_not_computed_again():
         out = bn_relu_conv2d(*inputs.values(), training=True, statistics=other)
         moved = bn_relu_conv2d(inputs["x"] - 1, *list(inputs.values())[1:], training=True, statistics=known)
     torch.testing.assert_close(out, moved, rtol=1e-12, atol=1e-12)
+
+
+POOLED = {
+    "a transition": Layer(3, 12, 16, 16, 1),
+    "odd extents": Layer(2, 5, 7, 9, 1),
+    "one window": Layer(4, 3, 2, 3, 1),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", POOLED)
+def test_a_pool_in_place_of_the_convolution(name, dtype):
+    layer = POOLED[name]
+    inputs, states = make_layer(layer, dtype)
+    del inputs["conv_weight"]
+
+    def pooled_reference(x, weight, bias, mean, var, *, momentum, **_):
+        z = torch.nn.functional.batch_norm(x, mean, var, weight, bias, True, momentum)
+        return torch.nn.functional.avg_pool2d(torch.relu(z), 2)
+
+    def pooled(*tensors, momentum, **_):
+        return bn_relu_pool(*tensors, momentum=momentum)
+
+    assert_exact(layer, inputs, states, step(layer, inputs, states, pooled), pooled_reference)
 
 
 def test_wrong_statistics_are_named():

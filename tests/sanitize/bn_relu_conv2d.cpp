@@ -67,10 +67,40 @@ class Call {
     for (const T* grad : grad_norm_) {
       if (!Tensors::written(grad, s_.in_channels)) return "grad_norm";
     }
-    return Tensors::written(grad_weight_, s_.weight_numel()) ? nullptr : "grad_conv_weight";
+    if (!Tensors::written(grad_weight_, s_.weight_numel())) return "grad_conv_weight";
+    if (args_.rows) return run_addition(threads);
+    return s_.kernel == 1 && s_.height > 1 && s_.width > 1 ? run_pool(threads) : nullptr;
   }
 
  private:
+  // As a dense block asks for it: gradients that are added to what is there, and corrected in the end.
+  const char* run_addition(int64_t threads) {
+    args_.add = true;
+    args_.corrections = memory_.drawn<double>(2 * s_.in_channels, -1, 1);
+    for (const auto kernel : {kernels().backward, kernels().correct}) {
+      CallMemory call;
+      kernel(args_, call.host(threads));
+    }
+    const bool written = Tensors::written(grad_x_, s_.batch * s_.in_channels * s_.positions()) &&
+                         Tensors::written(args_.corrections, 2 * s_.in_channels);
+    return written ? nullptr : "grad_x, added to";
+  }
+
+  const char* run_pool(int64_t threads) {
+    const int64_t height = s_.height / 2, width = s_.width / 2, pooled = s_.batch * s_.in_channels * height * width;
+    args_.sizes.out_channels = s_.in_channels;
+    args_.sizes.kernel = 0;
+    S* to = memory_.blank<S>(pooled);
+    args_.out = map_of(to, s_.batch, s_.in_channels, height, width, Layout::kDense);
+    args_.grad_out = map_of(memory_.drawn<S>(pooled, -1, 1), s_.batch, s_.in_channels, height, width, Layout::kDense);
+    for (const auto kernel : {kernels().pool, kernels().pool_backward}) {
+      CallMemory call;
+      kernel(args_, call.host(threads));
+    }
+    const bool written = Tensors::written(grad_x_, s_.batch * s_.in_channels * s_.positions());
+    return written && Tensors::written(to, pooled) ? nullptr : "pooled map or its gradient";
+  }
+
   static const BNReLUConv2dKernels& kernels() { return PYEXT_CAPABILITY::bn_relu_conv2d_kernels; }
   Map in_map(S* data, Layout layout) const {
     return map_of(data, s_.batch, s_.in_channels, s_.height, s_.width, layout);

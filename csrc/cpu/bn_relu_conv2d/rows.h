@@ -108,6 +108,46 @@ void run_row_statistics(const BNReLUConv2d& args, const Host& host) {
   });
 }
 
+// What batch statistics take from scale * dz (gradients.h): of_ones + of_centred (x - mean).
+struct Correction {
+  double of_ones, of_centred;
+};
+
+// Writes the gradients of the normalisation's parameters of channel c from the sums of dz and of dz (x - mean).
+template <typename T>
+Correction finish_parameters(const Convolution<T>& call, int64_t c, double gradient, double product) {
+  const double inverse = call.inverse[c], scale = call.norm().scale[c];
+  const double count = static_cast<double>(call.s.batch) * call.s.positions();
+  static_cast<T*>(call.args.grad_norm_bias)[c] = static_cast<T>(gradient);
+  static_cast<T*>(call.args.grad_norm_weight)[c] = static_cast<T>(product * inverse);
+  return {scale * gradient / count, scale * inverse * inverse * product / count};
+}
+
+template <typename T>
+void correct_row(const T* x, int64_t elements, T mean, const Correction& correction, T* grad_x) {
+  const T of_ones = static_cast<T>(correction.of_ones), of_centred = static_cast<T>(correction.of_centred);
+  for (int64_t p = 0; p < elements; p += kLanes<T>) {
+    const int64_t n = std::min<int64_t>(elements - p, kLanes<T>);
+    const Vec<T> centred = load_first<T>(x + p, n) - mean;
+    store_first(grad_x + p, load_first<T>(grad_x + p, n) - of_ones - centred * of_centred, n);
+  }
+}
+
+// Takes from every channel of grad_x the corrections that calls of `backward` have left.
+template <typename T>
+void run_row_corrections(const BNReLUConv2d& args, const Host& host) {
+  const int64_t elements = args.sizes.batch * args.sizes.positions();
+  const Image<const T> x = rows_of<const T>(args.x);
+  const Image<T> grad_x = rows_of<T>(args.grad_x);
+  const T* mean = static_cast<const T*>(args.mean);
+  parallel_parts(host, args.sizes.in_channels, [&](Range channels) {
+    for (int64_t c = channels.begin; c < channels.end; ++c) {
+      const Correction correction{args.corrections[2 * c], args.corrections[2 * c + 1]};
+      correct_row(x.row(c), elements, mean[c], correction, grad_x.row(c));
+    }
+  });
+}
+
 // The way back through ReLU and BN of channel c, whose x and dz are whole rows: writes the gradients of the
 // normalisation's parameters and of x.
 template <typename T>
@@ -123,17 +163,15 @@ void finish_row(const Convolution<T>& call, int64_t c, const T* x, const T* dz, 
     gradient = at.gradient;
     product = at.product;
   });
-  const double inverse = call.inverse[c], scale = call.norm().scale[c], count = static_cast<double>(elements);
-  static_cast<T*>(call.args.grad_norm_bias)[c] = static_cast<T>(sums.first);
-  static_cast<T*>(call.args.grad_norm_weight)[c] = static_cast<T>(sums.second * inverse);
-  const bool training = call.args.training;
-  const T of_ones = training ? static_cast<T>(scale * sums.first / count) : T(0);
-  const T of_centred = training ? static_cast<T>(scale * inverse * inverse * sums.second / count) : T(0);
+  const Correction correction = finish_parameters(call, c, sums.first, sums.second);
+  const bool training = call.args.training, add = call.args.add;
+  const T of_ones = static_cast<T>(correction.of_ones), of_centred = static_cast<T>(correction.of_centred);
   for (int64_t p = 0; p < elements; p += kLanes<T>) {
     const int64_t n = std::min<int64_t>(elements - p, kLanes<T>);
     NormSums<T> unused;
     const Vec<T> scaled = masked(p, n, unused), centred = load_first<T>(x + p, n) - call.norm().mean[c];
-    store_first(grad_x + p, training ? scaled - of_ones - centred * of_centred : scaled, n);
+    const Vec<T> gradient = training ? scaled - of_ones - centred * of_centred : scaled;
+    store_first(grad_x + p, add ? load_first<T>(grad_x + p, n) + gradient : gradient, n);
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/bn_relu_conv2d/rows.h"
+#include "cpu/product.h"
 
 namespace pyext::cpu::PYEXT_CAPABILITY {
 namespace {
@@ -71,148 +72,210 @@ class RowsForward1x1 {
   Image<T> out_;
 };
 
-// Of the gradient of the result both forms that the products read: strips of positions [strip][channel], and panels of
-// kOuterVectors vectors of channels [panel][position].
+// Strips of dz = W^T dy, whose lanes are positions, from weights [output][kTileOutputs]. Not inlined, as all products:
+// where callers' values take registers, the accumulators do not get them.
+template <int Rows, typename T>
+__attribute__((noinline)) void spread_strip(const T* weight, const T* dy, int64_t outputs, T* dz, int64_t dz_pitch) {
+  product_tile<T, Rows, kStripVectors>({weight, 1, kTileOutputs}, dy, kStripLength<T>, dz, dz_pitch, outputs,
+                                       Result::kReplaced);
+}
+
+// dW^T += z dy^T, whose lanes are output channels.
+template <int Rows, typename T>
+__attribute__((noinline)) void add_panel(const T* z, int64_t z_pitch, const T* dy, int64_t positions, T* to,
+                                         int64_t to_pitch) {
+  product_tile<T, Rows, kStripVectors>({z, z_pitch, 1}, dy, kStripLength<T>, to, to_pitch, positions, Result::kAdded);
+}
+
+// A task has channels of x. A chunk of positions of dy lies in the second-level cache in both forms that the products
+// read, while all of a task's channels meet it: strips of positions [strip][output], and panels of output channels
+// [panel][position], as long as strips.
 template <typename T>
 class RowsBackward1x1 {
-  static constexpr int64_t kPanel = kOuterVectors * kLanes<T>;
-  static constexpr int64_t kGroupTiles = 4, kGroup = kGroupTiles * kTileOutputs;
-  static constexpr int64_t kChunk = 256;  // whole strips
+  static constexpr int64_t kStrip = kStripLength<T>;
+  static constexpr int64_t kChunk = 128;  // whole strips
+  static_assert(kChunk % kStrip == 0 && kFlushElements % kChunk == 0);
 
  public:
   RowsBackward1x1(const BNReLUConv2d& args, const Host& host)
       : call_(args, host),
         elements_(call_.s.batch * call_.s.positions()),
-        strips_((elements_ + kStripLength<T> - 1) / kStripLength<T>),
-        panels_((call_.s.out_channels + kPanel - 1) / kPanel),
+        panels_((call_.s.out_channels + kStrip - 1) / kStrip),
         x_(rows_of<const T>(args.x)),
         dy_(rows_of<const T>(args.grad_out)),
-        grad_x_(rows_of<T>(args.grad_x)),
-        dy_strips_(shared<T>(host, strips_ * kStripLength<T> * call_.s.out_channels)),
-        dy_panels_(shared<T>(host, panels_ * kPanel * elements_)) {}
+        grad_x_(rows_of<T>(args.grad_x)) {}
 
   void run() const {
-    parallel_parts(call_.host, strips_, [&](Range strips) {
-      for (int64_t strip = strips.begin; strip < strips.end; ++strip) pack(strip);
-    });
-    const int64_t tiles = (call_.s.in_channels + kTileOutputs - 1) / kTileOutputs;
-    parallel_parts(call_.host, tiles, [&](Range range) {
-      const auto memory = carve_scratch<Memory>(call_.host, *this);
-      for (int64_t tile = range.begin; tile < range.end; tile += kGroupTiles) {
-        const int64_t end = std::min(tile + kGroupTiles, range.end);
-        run_group({tile * kTileOutputs, std::min(end * kTileOutputs, call_.s.in_channels)}, memory);
-      }
+    parallel_parts(call_.host, call_.s.in_channels, [&](Range channels) {
+      const int64_t count = channels.end - channels.begin;
+      run_channels(channels, carve_scratch<Memory>(call_.host, *this, count));
     });
   }
 
  private:
   struct Memory {
-    T* weight;      // [tile][out_channels][kTileOutputs]
+    T* weight;  // [tile][output][kTileOutputs]
+    T* strips;
+    T* panels;
     T* z;           // [kTileOutputs][kChunk]
-    T* dz;          // [channel][pitch]
-    T* sums;        // [kTileOutputs][kPanel]
-    double* total;  // [channel][panels * kPanel]
-    int64_t pitch;
+    T* dz;          // the same
+    T* sums;        // of dW^T since the last flush: [channel][pitch]
+    double* total;  // the same
+    double* norm;   // sum of dz and of dz (x - mean): [channel][2]
+    int64_t tiles, pitch;
 
-    void carve(Arena& arena, const RowsBackward1x1& of) {
-      pitch = of.strips_ * kStripLength<T>;
-      weight = arena.take<T>(kGroup * of.call_.s.out_channels);
+    void carve(Arena& arena, const RowsBackward1x1& of, int64_t channels) {
+      const int64_t outputs = of.call_.s.out_channels;
+      tiles = (channels + kTileOutputs - 1) / kTileOutputs;
+      pitch = of.panels_ * kStrip;
+      weight = arena.take<T>(tiles * outputs * kTileOutputs + kLanes<T>);
+      strips = arena.take<T>(kChunk * outputs);
+      panels = arena.take<T>(kChunk * pitch);
       z = arena.take<T>(kTileOutputs * kChunk);
-      dz = arena.take<T>(kGroup * pitch);
-      sums = arena.take<T>(kTileOutputs * kPanel);
-      total = arena.take<double>(kGroup * of.panels_ * kPanel);
+      dz = arena.take<T>(kTileOutputs * kChunk);
+      sums = arena.take<T>(channels * pitch);
+      total = arena.take<double>(channels * pitch);
+      norm = arena.take<double>(2 * channels);
     }
   };
 
-  void pack(int64_t strip) const {
-    const int64_t outputs = call_.s.out_channels, first = strip * kStripLength<T>;
-    const int64_t count = std::min(elements_ - first, kStripLength<T>);
-    T* to = dy_strips_ + first * outputs;
-    for (int64_t o = 0; o < outputs; ++o) copy_into_strip(dy_.row(o) + first, count, to + o * kStripLength<T>);
-    for (int64_t panel = 0; panel < panels_; ++panel) {
-      const int64_t o = panel * kPanel, rows = std::min(outputs - o, kPanel);
-      T* panel_to = dy_panels_ + (panel * elements_ + first) * kPanel;
-      if (rows < kPanel) std::memset(panel_to, 0, count * kPanel * sizeof(T));
-      transpose_matrix(to + o * kStripLength<T>, kStripLength<T>, to + outputs * kStripLength<T>, rows, count, panel_to,
-                       kPanel);
-    }
-  }
-
-  // All of a group's tiles meet a chunk of positions while its gradients are in cache.
-  void run_group(Range channels, const Memory& memory) const {
+  void run_channels(Range channels, const Memory& memory) const {
     const int64_t count = channels.end - channels.begin, outputs = call_.s.out_channels;
-    for (int64_t first = 0; first < count; first += kTileOutputs) pack_weight(channels, first, memory);
-    std::memset(memory.total, 0, kGroup * panels_ * kPanel * sizeof(double));
+    const auto tile = [&](int64_t t) { return part_of(count, memory.tiles, t); };
+    for (int64_t t = 0; t < memory.tiles; ++t) {
+      pack_weight(channels.begin + tile(t).begin, memory.weight + t * outputs * kTileOutputs);
+    }
+    std::memset(memory.sums, 0, count * memory.pitch * sizeof(T));
+    std::memset(memory.total, 0, count * memory.pitch * sizeof(double));
+    std::memset(memory.norm, 0, 2 * count * sizeof(double));
     for (int64_t chunk = 0; chunk < elements_; chunk += kChunk) {
-      for (int64_t first = 0; first < count; first += kTileOutputs) {
-        spread_chunk(chunk, first, memory);
-        activate_chunk(chunk, {channels.begin + first, channels.end}, memory.z);
-        add_grad_weight(chunk, first, memory);
+      const Range positions{chunk, std::min(elements_, chunk + kChunk)};
+      pack_gradient(positions, memory);
+      for (int64_t t = 0; t < memory.tiles; ++t) {
+        const Range some = tile(t);
+        with_constant<kTileOutputs>(some.end - some.begin, [&](auto rows) {
+          run_tile<decltype(rows)::value>(positions, channels.begin, some.begin,
+                                          memory.weight + t * outputs * kTileOutputs, memory);
+        });
       }
+      if (positions.end % kFlushElements == 0 || positions.end == elements_) flush(count * memory.pitch, memory);
     }
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t c = channels.begin + i;
-      finish_row(call_, c, x_.row(c), memory.dz + i * memory.pitch, grad_x_.row(c));
-    }
-    T* to = static_cast<T*>(call_.args.grad_conv_weight) + channels.begin;
-    for (int64_t o = 0; o < outputs; ++o, to += call_.s.in_channels) {
-      for (int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(memory.total[i * panels_ * kPanel + o]);
-    }
+    for (int64_t i = 0; i < count; ++i) finish_channel(channels.begin + i, memory.norm + 2 * i);
+    store_grad_weight(channels, memory);
   }
 
-  void pack_weight(Range channels, int64_t first, const Memory& memory) const {
-    const int64_t count = std::min(channels.end - channels.begin - first, int64_t(kTileOutputs));
-    const T* from = call_.weight() + channels.begin + first;
-    T* to = memory.weight + first * call_.s.out_channels;
-    for (int64_t o = 0; o < call_.s.out_channels; ++o, from += call_.s.in_channels, to += kTileOutputs) {
-      for (int64_t i = 0; i < kTileOutputs; ++i) to[i] = i < count ? from[i] : T(0);
-    }
-  }
-
-  // z at a chunk of positions; a tile's rows beyond the last channel repeat it.
-  void activate_chunk(int64_t chunk, Range channels, T* z) const {
-    const int64_t count = std::min(elements_ - chunk, kChunk);
-    for (int64_t i = 0; i < kTileOutputs; ++i, z += kChunk) {
-      const int64_t c = std::min(channels.begin + i, channels.end - 1);
-      const T* x = x_.row(c) + chunk;
-      for (int64_t p = 0; p < count; p += kLanes<T>) {
-        store<T>(z + p, call_.norm().relu_of(load_first<T>(x + p, count - p), c));
+  // Of kTileOutputs channels, of which there may be fewer, from `first` on.
+  void pack_weight(int64_t first, T* to) const {
+    const int64_t inputs = call_.s.in_channels;
+    const T* from = call_.weight() + first;
+    for (int64_t o = 0; o < call_.s.out_channels; ++o, from += inputs, to += kTileOutputs) {
+      for (int64_t i = 0; i < kTileOutputs; i += kLanes<T>) {
+        const int64_t left = inputs - first - i;
+        store<T>(to + i, left > 0 ? load_first<T>(from + i, left) : Vec<T>{});
       }
     }
   }
 
-  // dz of a tile of channels.
-  void spread_chunk(int64_t chunk, int64_t first, const Memory& memory) const {
-    const int64_t outputs = call_.s.out_channels, end = std::min(elements_, chunk + kChunk);
-    const T* weight = memory.weight + first * outputs;
-    for (int64_t p = chunk; p < end; p += kStripLength<T>) {
-      const T* dy = dy_strips_ + p * outputs;
-      Vec<T> sum[kTileOutputs][kStripVectors] = {};
-      for (int64_t o = 0; o < outputs; ++o) {
-        add_products<kStripVectors, kTileOutputs>(dy + o * kStripLength<T>, weight + o * kTileOutputs, 1, sum);
+  void pack_gradient(Range positions, const Memory& memory) const {
+    const int64_t outputs = call_.s.out_channels, count = positions.end - positions.begin;
+    for (int64_t o = 0; o < outputs; ++o) {
+      const T* row = dy_.row(o) + positions.begin;
+      for (int64_t p = 0; p < count; p += kStrip) {
+        copy_into_strip(row + p, count - p, memory.strips + p * outputs + o * kStrip);
       }
-      store_rows<T>(sum, kStripLength<T>, [&](int i) { return memory.dz + (first + i) * memory.pitch + p; });
     }
-  }
-
-  void add_grad_weight(int64_t chunk, int64_t first, const Memory& memory) const {
-    const int64_t count = std::min(elements_ - chunk, kChunk);
     for (int64_t panel = 0; panel < panels_; ++panel) {
-      std::memset(memory.sums, 0, kTileOutputs * kPanel * sizeof(T));
-      add_outer_products<kOuterVectors>(memory.z, kChunk, dy_panels_ + (panel * elements_ + chunk) * kPanel, kPanel,
-                                        count, memory.sums);
-      for (int64_t i = 0; i < kTileOutputs; ++i) {
-        double* to = memory.total + ((first + i) * panels_ + panel) * kPanel;
-        for (int64_t o = 0; o < kPanel; ++o) to[o] += memory.sums[i * kPanel + o];
+      const int64_t o = panel * kStrip, rows = std::min(outputs - o, kStrip);
+      T* to = memory.panels + panel * kChunk * kStrip;
+      if (rows < kStrip) std::memset(to, 0, kChunk * kStrip * sizeof(T));
+      for (int64_t p = 0; p < count; p += kStrip) {
+        const T* strip = memory.strips + p * outputs;
+        transpose_matrix(strip + o * kStrip, kStrip, strip + outputs * kStrip, rows, kStrip, to + p * kStrip, kStrip);
       }
+    }
+  }
+
+  // Rows channels from `first` of the task's, which begin at channel `task`, at a chunk of positions.
+  template <int Rows>
+  void run_tile(Range positions, int64_t task, int64_t first, const T* weight, const Memory& memory) const {
+    const int64_t outputs = call_.s.out_channels, count = positions.end - positions.begin;
+    prefetch_rows(positions, {task + first, task + first + Rows});
+    for (int64_t p = 0; p < count; p += kStrip) {
+      spread_strip<Rows>(weight, memory.strips + p * outputs, outputs, memory.dz + p, kChunk);
+    }
+    for (int64_t i = 0; i < Rows; ++i) {
+      pass_back(positions, task + first + i, memory.dz + i * kChunk, memory.z + i * kChunk,
+                memory.norm + 2 * (first + i));
+    }
+    for (int64_t panel = 0; panel < panels_; ++panel) {
+      add_panel<Rows>(memory.z, kChunk, memory.panels + panel * kChunk * kStrip, count,
+                      memory.sums + first * memory.pitch + panel * kStrip, memory.pitch);
+    }
+  }
+
+  // What pass_back will read: rows lie in pages of their own, which no hardware foresees.
+  void prefetch_rows(Range positions, Range channels) const {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    for (int64_t c = channels.begin; c < channels.end; ++c) {
+      for (int64_t p = positions.begin; p < positions.end; p += kLine) {
+        __builtin_prefetch(x_.row(c) + p);
+        __builtin_prefetch(grad_x_.row(c) + p, 1);
+      }
+    }
+  }
+
+  // z of channel c, and scale * dz, for the way back through the normalisation not yet corrected.
+  __attribute__((noinline)) void pass_back(Range positions, int64_t c, const T* dz, T* z, double* norm_sums) const {
+    // Constants of the function's own, which stores cannot reach, stay in registers.
+    const Norm<T>& all = call_.norm();
+    T mean = all.mean[c], bias = all.bias[c], scale = all.scale[c];
+    const Norm<T> norm{&mean, &bias, &scale};
+    const bool add = call_.args.add;
+    const T* x = x_.row(c) + positions.begin;
+    T* to = grad_x_.row(c) + positions.begin;
+    NormSums<T> sums;
+    for (int64_t left = positions.end - positions.begin; left > 0; left -= kLanes<T>) {
+      const Vec<T> value = load_first<T>(x, left);
+      store<T>(z, norm.relu_of(value, 0));
+      const Vec<T> scaled = through_norm(norm, 0, value, load_first<T>(dz, left), sums);
+      store_first(to, add ? load_first<T>(to, left) + scaled : scaled, left);
+      x += kLanes<T>, dz += kLanes<T>, z += kLanes<T>, to += kLanes<T>;
+    }
+    norm_sums[0] += sum_lanes<T>(sums.gradient);
+    norm_sums[1] += sum_lanes<T>(sums.product);
+  }
+
+  static void flush(int64_t numel, const Memory& memory) {
+    for (int64_t i = 0; i < numel; ++i) memory.total[i] += memory.sums[i];
+    std::memset(memory.sums, 0, numel * sizeof(T));
+  }
+
+  void finish_channel(int64_t c, const double* sums) const {
+    const Correction correction = finish_parameters(call_, c, sums[0], sums[1]);
+    if (!call_.args.training) return;
+    if (double* to = call_.args.corrections) {
+      to[2 * c] += correction.of_ones;
+      to[2 * c + 1] += correction.of_centred;
+    } else {
+      correct_row(x_.row(c), elements_, call_.norm().mean[c], correction, grad_x_.row(c));
+    }
+  }
+
+  void store_grad_weight(Range channels, const Memory& memory) const {
+    const int64_t count = channels.end - channels.begin, outputs = call_.s.out_channels, inputs = call_.s.in_channels;
+    const int64_t whole = count / kLanes<T> * kLanes<T>;
+    for (int64_t i = 0; i < count * memory.pitch; ++i) memory.sums[i] = static_cast<T>(memory.total[i]);
+    T* to = static_cast<T*>(call_.args.grad_conv_weight) + channels.begin;
+    transpose_matrix(memory.sums, memory.pitch, memory.sums + count * memory.pitch, whole, outputs, to, inputs);
+    for (int64_t o = 0; o < outputs; ++o) {
+      for (int64_t i = whole; i < count; ++i) to[o * inputs + i] = memory.sums[i * memory.pitch + o];
     }
   }
 
   Convolution<T> call_;
-  int64_t elements_, strips_, panels_;
+  int64_t elements_, panels_;
   Image<const T> x_, dy_;
   Image<T> grad_x_;
-  T *dy_strips_, *dy_panels_;
 };
 
 }  // namespace

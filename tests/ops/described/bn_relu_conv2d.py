@@ -90,6 +90,50 @@ def _backward_sample(dtype: torch.dtype, training: bool) -> tuple[tuple, dict]:
     return (torch.randn_like(torch.ops.pyext.bn_relu_conv2d(*arguments)), *arguments), {}
 
 
+def _pool_arguments(dtype: torch.dtype, training: bool, differentiable: bool) -> tuple:
+    inputs, states = make_layer(Layer(3, 4, 5, 6, 1), dtype)
+    tensors = [x.requires_grad_(differentiable) for x in list(inputs.values())[:3]]
+    return *tensors, *states.values(), training, _EPS
+
+
+def _pool_sample(dtype: torch.dtype, training: bool) -> tuple[tuple, dict]:
+    return _pool_arguments(dtype, training, True), {}
+
+
+def _pool_backward_sample(dtype: torch.dtype, training: bool) -> tuple[tuple, dict]:
+    arguments = _pool_arguments(dtype, training, False)
+    return (torch.randn_like(torch.ops.pyext.bn_relu_conv2d_pool(*arguments)), *arguments), {}
+
+
+def _block_arguments(dtype: torch.dtype, training: bool) -> tuple:
+    """x, and the cells of two layers; in training both are bottlenecks."""
+    layers, channels, parameters = [2, 2 if training else 1], 3, []
+    for count in layers:
+        inputs = channels
+        for kernel, outputs in ((1, 4), (3, 2))[2 - count :]:
+            cell, _ = make_layer(Layer(2, inputs, 3, 5, outputs, kernel), dtype, seed=len(parameters))
+            parameters += list(cell.values())[1:]
+            inputs = outputs
+        channels += inputs
+    x = make_layer(Layer(2, 3, 3, 5, 1), dtype)[0]["x"]
+    return x, parameters, layers, [_EPS] * sum(layers)
+
+
+def _block_sample(dtype: torch.dtype, training: bool) -> tuple[tuple, dict]:
+    return _block_arguments(dtype, training), {}
+
+
+def _block_backward_sample(dtype: torch.dtype, training: bool) -> tuple[tuple, dict]:
+    x, *cells = _block_arguments(dtype, training)
+    buffer, moments, kept = torch.ops.pyext.bn_relu_conv2d_block(x, *cells)
+    return (torch.randn_like(buffer), buffer, moments, kept if training else [], *cells), {}
+
+
+def _running_sample(dtype: torch.dtype, training: bool) -> tuple[tuple, dict]:
+    running = [torch.rand(channels, dtype=dtype) for channels in (3, 3, 5, 5)]
+    return (running, [torch.rand(2, 5, dtype=dtype) for _ in range(2)], 7, 0.1), {}
+
+
 DESCRIPTION = Description(
     draw=draw_case,
     call=call,
@@ -98,6 +142,11 @@ DESCRIPTION = Description(
         "bn_relu_conv2d": _forward_sample,
         "bn_relu_conv2d_statistics": _statistics_sample,
         "bn_relu_conv2d_backward": _backward_sample,
+        "bn_relu_conv2d_pool": _pool_sample,
+        "bn_relu_conv2d_pool_backward": _pool_backward_sample,
+        "bn_relu_conv2d_running": _running_sample,
+        "bn_relu_conv2d_block": _block_sample,
+        "bn_relu_conv2d_block_backward": _block_backward_sample,
     },
     # oneDNN multiplies pairs of bfloat16, so that a NaN also meets the zeros beside the taps of an odd kernel.
     spreads_in=frozenset({torch.bfloat16}),
