@@ -29,7 +29,7 @@ void run_forward(const BNReLUConv2d& args, const Host& host) {
       using T = decltype(element);
       if (args.sizes.kernel == 1) {
         RowsForward1x1<T>(args, host).run();
-      } else if (!suits_winograd(args.sizes) || !RowsWinogradForward<T>(args, host).run()) {
+      } else if (!suits_winograd<T>(args.sizes) || !RowsWinogradForward<T>(args, host).run()) {
         RowsForward3x3<T>(args, host).run();
       }
     });
@@ -40,7 +40,7 @@ void run_forward(const BNReLUConv2d& args, const Host& host) {
 template <typename T>
 void run_row_backward_3x3(const BNReLUConv2d& args, const Host& host) {
   const int64_t channels = args.sizes.in_channels;
-  if (!suits_winograd(args.sizes)) return RowsBackward3x3<T>(args, host).run({0, channels});
+  if (!suits_winograd<T>(args.sizes)) return RowsBackward3x3<T>(args, host).run({0, channels});
   const bool* finite = RowsWinogradBackward<T>(args, host).run();
   for (int64_t begin = 0, end = 0; begin < channels; begin = end) {
     while (end < channels && finite[end] == finite[begin]) ++end;

@@ -14,8 +14,16 @@ constexpr int kTile = 4;                // rows and columns of a tile
 constexpr int kStep = 2;                // from one tile to the next, and rows and columns of its results
 constexpr int kPlaces = kTile * kTile;  // of a transform
 
-// B^T d B of tiles whose row i and column j are at(i, j), with B^T = (1 0 -1 0; 0 1 1 0; 0 -1 1 0; 0 1 0 -1): place by
-// place.
+// B^T d of four vectors, with B^T = (1 0 -1 0; 0 1 1 0; 0 -1 1 0; 0 1 0 -1), each to a place of its own.
+template <typename T>
+inline void store_transform(const Vec<T> (&d)[kTile], T* to, int64_t place) {
+  store<T>(to, d[0] - d[2]);
+  store<T>(to + place, d[1] + d[2]);
+  store<T>(to + 2 * place, d[2] - d[1]);
+  store<T>(to + 3 * place, d[1] - d[3]);
+}
+
+// B^T d B of tiles whose row i and column j are at(i, j).
 template <typename T, typename At>
 inline void transform_input(At at, T* to, int64_t place) {
   // Row i of B^T d is the sum of rows first and second of d, the latter perhaps negative.
@@ -26,10 +34,7 @@ inline void transform_input(At at, T* to, int64_t place) {
       const Vec<T> a = at(first, j), b = at(second, j);
       t[j] = minus ? a - b : a + b;
     }
-    store<T>(to, t[0] - t[2]);
-    store<T>(to + place, t[1] + t[2]);
-    store<T>(to + 2 * place, t[2] - t[1]);
-    store<T>(to + 3 * place, t[1] - t[3]);
+    store_transform<T>(t, to, place);
   };
   sums(0, 2, true, to);
   sums(1, 2, false, to + kTile * place);

@@ -81,10 +81,13 @@ INNERMOST = {
     "odd images": Layer(3, 13, 7, 9, 11),
     "odd images, taps": Layer(5, 13, 3, 1, 7, 3),
     "more positions than are summed at once": Layer(6, 20, 11, 12, 33, 3),
-    "more tiles than are summed at once": Layer(16, 9, 12, 13, 20, 3),
-    "more channels than are transformed at once": Layer(8, 70, 4, 6, 40, 3),
-    "rows of tiles that end within a vector": Layer(7, 13, 7, 5, 12, 3),
-    "columns of several vectors": Layer(37, 6, 3, 4, 9, 3),
+    # By F(2x2, 3x3), which small layers and few images are not worth.
+    "more tiles than are summed at once": Layer(16, 24, 12, 13, 20, 3),
+    "more channels than are transformed at once": Layer(16, 70, 4, 6, 40, 3),
+    "rows of tiles that end within a vector": Layer(11, 48, 9, 10, 40, 3),
+    "columns of tiles that end outside": Layer(11, 48, 10, 9, 40, 3),
+    "columns of several vectors": Layer(37, 40, 4, 6, 36, 3),
+    "columns of less than a vector": Layer(3, 136, 8, 9, 140, 3),
     "strips that end within a vector": Layer(3, 9, 14, 15, 50),
     "one position": Layer(2, 5, 1, 1, 3, 3),
     "one row": Layer(2, 4, 1, 75, 3, 3),
@@ -143,7 +146,9 @@ NOT_FINITE = (float("inf"), float("-inf"), float("nan"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
-@pytest.mark.parametrize("name", ["2x2", "odd images, taps", "rows of tiles that end within a vector"])
+@pytest.mark.parametrize(
+    "name", ["2x2", "odd images, taps", "rows of tiles that end within a vector", "columns of tiles that end outside"]
+)
 def test_what_is_not_finite_reaches_what_it_reaches_in_plain_torch(name, dtype):
     """Of maps and gradients, in evaluation: statistics would bring it to all of a channel."""
     layer = INNERMOST[name]

@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t kStripPanels = 4;    // of tiles at once
 constexpr int64_t kMostInputs = 64;    // channels that tiles are transformed of at once, in the forward pass
-constexpr int64_t kMostChannels = 32;  // of dz and dW at once
+constexpr int64_t kMostChannels = 24;  // of dz and dW at once
 constexpr int64_t kPlaceSlack = 16;    // keeps places that are met together in different sets of a cache
 
 // All tiles of a map. Those of one row of tiles, by column and image, fill whole vectors.
@@ -64,8 +64,8 @@ struct TileRows {
   }
 };
 
-// What the tiles of a stretch of a row of tiles read of one channel: of kTile rows, from above the tiles on, the even
-// and the odd columns, from left of them on, so that what tiles beside one another read is beside one another, too.
+// What the tiles of a stretch of a row of tiles read of one channel, d, as B^T d: the even and the odd columns, counted
+// from left of the tiles on, so that what tiles beside one another read is beside one another, too.
 template <typename T>
 struct Patch {
   static constexpr int64_t kMostElements = kStripPanels * kPanelVectors * kLanes<T>;
@@ -74,26 +74,30 @@ struct Patch {
 
   int64_t pitch() const { return kMostElements + batch + kLanes<T>; }
   static int64_t numel(int64_t batch) { return 2 * kTile * Patch{nullptr, batch}.pitch(); }
+  // Row i of B^T d, of the even or the odd columns.
+  T* row(int i, int64_t odd) const { return data + (odd * kTile + i) * pitch(); }
 
   // From make(offset), vectors of elements of the map.
   template <typename Make>
-  void fill(const TileRows<T>& tiles, int64_t row, int64_t first, int64_t count, Make make) const {
-    const int64_t column = first / batch, image = first % batch, length = count + batch;
-    for (int64_t part = 0; part < 2 * kTile; ++part) {
-      const int64_t y = row * kStep - 1 + part / 2;
-      T* to = data + part * pitch();
-      if (y < 0 || y >= tiles.height) {
-        clear(to, length);
-        continue;
-      }
-      int64_t x = column * kStep - 1 + part % 2, skipped = image;
+  void fill(const TileRows<T>& tiles, int64_t row_of_tiles, int64_t first, int64_t count, Make make) const {
+    const int64_t column = first / batch, image = first % batch, length = count + batch, down = tiles.width * batch;
+    const int64_t y = row_of_tiles * kStep - 1;
+    const bool above = y >= 0, below[] = {y + 2 < tiles.height, y + 3 < tiles.height};
+    for (int64_t odd = 0; odd < 2; ++odd) {
+      int64_t x = column * kStep - 1 + odd, skipped = image;
       for (int64_t at = 0; at < length; x += kStep, skipped = 0) {
-        const int64_t images = std::min(batch - skipped, length - at);
-        if (x < 0 || x >= tiles.width) {
-          clear(to + at, images);
-        } else {
-          const int64_t offset = (y * tiles.width + x) * batch + skipped;
-          for (int64_t i = 0; i < images; i += kLanes<T>) store<T>(to + at + i, make(offset + i));
+        const int64_t images = std::min(batch - skipped, length - at), offset = y * down + x * batch + skipped;
+        T* to = row(0, odd) + at;
+        const bool inside = x >= 0 && x < tiles.width;
+        for (int64_t i = 0; i < images; i += kLanes<T>) {
+          Vec<T> d[kTile] = {};
+          if (inside) {
+            if (above) d[0] = make(offset + i);
+            d[1] = make(offset + down + i);
+            if (below[0]) d[2] = make(offset + 2 * down + i);
+            if (below[1]) d[3] = make(offset + 3 * down + i);
+          }
+          store_transform<T>(d, to + i, pitch());
         }
         at += images;
       }
@@ -102,15 +106,13 @@ struct Patch {
 
   // B^T d B of the tiles of a vector, from the patch's element `first` on.
   void transform(int64_t first, T* to, int64_t place) const {
-    const T* from = data + first;
-    const int64_t part = pitch(), next = batch;
-    transform_input<T>([=](int i, int j) { return load<T>(from + (2 * i + j % 2) * part + j / 2 * next); }, to, place);
-  }
-
- private:
-  // Whole vectors.
-  static void clear(T* to, int64_t count) {
-    for (int64_t i = 0; i < count; i += kLanes<T>) store<T>(to + i, Vec<T>{});
+    const int64_t right = batch;
+    const T *even = row(0, 0) + first, *odd = row(0, 1) + first;
+#pragma GCC unroll 4
+    for (int i = 0; i < kTile; ++i, even += pitch(), odd += pitch(), to += kTile * place) {
+      const Vec<T> d[kTile] = {load<T>(even), load<T>(odd), load<T>(even + right), load<T>(odd + right)};
+      store_transform<T>(d, to, place);
+    }
   }
 };
 
@@ -136,16 +138,16 @@ inline Vec<T> write_results(const TileRows<T>& tiles, const Patch<T>& patch, Ran
       transform_output(m + (vector - vectors.begin) * kLanes<T> + i, place, results);
 #pragma GCC unroll 4
       for (int part = 0; part < kStep * kStep; ++part) {
-        store<T>(patch.data + part * patch.pitch() + i, results[part / kStep][part % kStep]);
+        store<T>(patch.row(part, 0) + i, results[part / kStep][part % kStep]);
       }
       all += (results[0][0] + results[0][1] + (results[1][0] + results[1][1])) * 0;
     }
     const int64_t inside = std::min(count, tiles.row_elements - first);
     tiles.visit_columns(first, inside, [&](int64_t column, int64_t image, int64_t images, int64_t at) {
-      for (int64_t part = 0; part < kStep * kStep; ++part) {
+      for (int part = 0; part < kStep * kStep; ++part) {
         const int64_t y = row * kStep + part / kStep, x = column * kStep + part % kStep;
         if (!tiles.holds(y, x)) continue;
-        copy_row(patch.data + part * patch.pitch() + at, to + (y * tiles.width + x) * tiles.batch + image, images);
+        copy_row(patch.row(part, 0) + at, to + (y * tiles.width + x) * tiles.batch + image, images);
       }
     });
   });
@@ -199,29 +201,48 @@ struct TransformedKernels {
   }
 };
 
-// relu(BN(x)) of a channel as transform_tiles reads it. What it reads of the next channel is called for.
+// A channel of a map as transform_tiles reads it. What it reads of the next channel is called for.
 template <typename T>
-struct ActivatedRow {
+struct PlainRow {
   const T *x, *next;
   int64_t elements;
+
+  PlainRow(const ConvolutionSizes& s, const Image<const T>& map, int64_t c, int64_t channels)
+      : x(map.row(c)), next(map.row(std::min(c + 1, channels - 1))), elements(s.batch * s.positions()) {}
+
+  Vec<T> operator()(int64_t offset) const {
+    __builtin_prefetch(next + offset);
+    return load_first<T>(x + offset, elements - offset);
+  }
+};
+
+// relu(BN(x)).
+template <typename T>
+struct ActivatedRow {
+  PlainRow<T> row;
   Vec<T> mean, scale, bias;
 
   ActivatedRow(const Convolution<T>& call, const Image<const T>& x, int64_t c)
-      : x(x.row(c)),
-        next(x.row(c + 1 < call.s.in_channels ? c + 1 : c)),
-        elements(call.s.batch * call.s.positions()),
+      : row(call.s, x, c, call.s.in_channels),
         mean(splat<T>(call.norm().mean[c])),
         scale(splat<T>(call.norm().scale[c])),
         bias(splat<T>(call.norm().bias[c])) {}
 
-  Vec<T> operator()(int64_t offset) const {
-    __builtin_prefetch(next + offset);
-    return relu<T>((load_first<T>(x + offset, elements - offset) - mean) * scale + bias);
-  }
+  Vec<T> operator()(int64_t offset) const { return relu<T>((row(offset) - mean) * scale + bias); }
 };
 
-// Whether there are tiles enough to fill, and products enough to pay for the transforms.
-inline bool suits_winograd(const ConvolutionSizes& s) { return s.height > 2 || s.width > 2; }
+// Whether it is faster than the direct form, by the multiply-adds of both forward passes and those that the transforms
+// take the time of: per channel and tile kTransform, measured on AVX2, more where vectors hold less than they could,
+// and per kernel as many as a vector of tiles. The backward pass gains a little more.
+template <typename T>
+inline bool suits_winograd(const ConvolutionSizes& s) {
+  constexpr int64_t kTransform = 100, kKernel = 16;
+  const TileRows<T> tiles(s);
+  const int64_t kernels = s.in_channels * s.out_channels, channels = s.in_channels + s.out_channels;
+  const int64_t direct = kernels * 3 * (3 * s.height - 2) * s.width * s.batch;
+  const int64_t transforms = kTransform * channels * tiles.elements() * round_up<T>(s.batch) / s.batch;
+  return kernels * kPlaces * (tiles.elements() + kKernel) + transforms < direct;
+}
 
 template <typename T>
 class RowsWinogradForward {
@@ -410,9 +431,8 @@ class RowsWinogradBackward {
   void pack_maps(Range vectors, const PackMemory& memory) const {
     const Patch<T> patch{memory.patch, tiles_.batch};
     for (int64_t o = 0; o < call_.s.out_channels; ++o) {
-      const T* row = dy_.row(o);
       transform_tiles(
-          tiles_, patch, vectors, [&](int64_t offset) { return load_first<T>(row + offset, elements_ - offset); },
+          tiles_, patch, vectors, PlainRow<T>(call_.s, dy_, o, call_.s.out_channels),
           [&](int64_t v) { return maps(0).at(o, v * kLanes<T>); }, maps_place_);
     }
   }
@@ -452,9 +472,8 @@ class RowsWinogradBackward {
   }
 
   bool run_group(Range channels, const Memory& memory) const {
-    if (!spread_back(channels, memory)) return false;
     add_grad_weight(channels, memory);
-    if (!finish_grad_weight(channels, memory)) return false;
+    if (!finish_grad_weight(channels, memory) || !spread_back(channels, memory)) return false;
     for (int64_t c = channels.begin; c < channels.end; ++c) {
       finish_row(call_, c, x_.row(c), memory.dz + (c - channels.begin) * memory.dz_pitch, grad_x_.row(c));
     }
