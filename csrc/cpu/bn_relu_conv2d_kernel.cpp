@@ -8,6 +8,7 @@
 #include "cpu/bn_relu_conv2d/pool.h"
 #include "cpu/bn_relu_conv2d/rows_1x1.h"
 #include "cpu/bn_relu_conv2d/rows_3x3.h"
+#include "cpu/bn_relu_conv2d/rows_winograd.h"
 
 namespace pyext::cpu::PYEXT_CAPABILITY {
 namespace {
@@ -29,12 +30,23 @@ void run_forward(const BNReLUConv2d& args, const Host& host) {
       using T = decltype(element);
       if (args.sizes.kernel == 1) {
         RowsForward1x1<T>(args, host).run();
-      } else {
+      } else if (!suits_winograd<T>(args.sizes) || !RowsWinogradForward<T>(args, host).run()) {
         RowsForward3x3<T>(args, host).run();
       }
     });
   }
   with_element_type(args.dtype, [&](auto element) { ForwardPass<decltype(element)>(args, host).run(); });
+}
+
+template <typename T>
+void run_row_backward_3x3(const BNReLUConv2d& args, const Host& host) {
+  const int64_t channels = args.sizes.in_channels;
+  if (!suits_winograd<T>(args.sizes)) return RowsBackward3x3<T>(args, host).run({0, channels});
+  const bool* finite = RowsWinogradBackward<T>(args, host).run();
+  for (int64_t begin = 0, end = 0; begin < channels; begin = end) {
+    while (end < channels && finite[end] == finite[begin]) ++end;
+    if (!finite[begin]) RowsBackward3x3<T>(args, host).run({begin, end});
+  }
 }
 
 void run_backward(const BNReLUConv2d& args, const Host& host) {
@@ -44,7 +56,7 @@ void run_backward(const BNReLUConv2d& args, const Host& host) {
       if (args.sizes.kernel == 1) {
         RowsBackward1x1<T>(args, host).run();
       } else {
-        RowsBackward3x3<T>(args, host).run();
+        run_row_backward_3x3<T>(args, host);
       }
     });
   }

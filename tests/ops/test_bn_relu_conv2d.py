@@ -81,6 +81,13 @@ INNERMOST = {
     "odd images": Layer(3, 13, 7, 9, 11),
     "odd images, taps": Layer(5, 13, 3, 1, 7, 3),
     "more positions than are summed at once": Layer(6, 20, 11, 12, 33, 3),
+    # By F(2x2, 3x3), which small layers and few images are not worth.
+    "more tiles than are summed at once": Layer(16, 24, 12, 13, 20, 3),
+    "more channels than are transformed at once": Layer(16, 70, 4, 6, 40, 3),
+    "rows of tiles that end within a vector": Layer(11, 48, 9, 10, 40, 3),
+    "columns of tiles that end outside": Layer(11, 48, 10, 9, 40, 3),
+    "columns of several vectors": Layer(37, 40, 4, 6, 36, 3),
+    "columns of less than a vector": Layer(3, 136, 8, 9, 140, 3),
     "strips that end within a vector": Layer(3, 9, 14, 15, 50),
     "one position": Layer(2, 5, 1, 1, 3, 3),
     "one row": Layer(2, 4, 1, 75, 3, 3),
@@ -125,7 +132,7 @@ def test_evaluation_with_images_innermost(name):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["2x2", "odd images, taps"])
+@pytest.mark.parametrize("name", ["2x2", "odd images, taps", "columns of several vectors"])
 def test_weights_that_are_not_finite_meet_the_border(name):
     layer = INNERMOST[name]
     inputs, _ = make_layer(layer, torch.float64, layout="images innermost")
@@ -135,8 +142,58 @@ def test_weights_that_are_not_finite_meet_the_border(name):
     assert torch.equal(out.isnan(), expected.isnan())
 
 
+NOT_FINITE = (float("inf"), float("-inf"), float("nan"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize(
+    "name", ["2x2", "odd images, taps", "rows of tiles that end within a vector", "columns of tiles that end outside"]
+)
+def test_what_is_not_finite_reaches_what_it_reaches_in_plain_torch(name, dtype):
+    """Of maps and gradients, in evaluation: statistics would bring it to all of a channel."""
+    layer = INNERMOST[name]
+    inputs, states = make_layer(layer, dtype, layout="images innermost")
+    for i, value in enumerate(NOT_FINITE):
+        inputs["x"][i, 3 * i, i % layer.height, i % layer.width] = value
+    results = {}
+    for function, kind in ((bn_relu_conv2d, dtype), (reference, torch.float64)):
+        leaves = [x.to(kind).requires_grad_() for x in inputs.values()]
+        out = function(*leaves, *(x.to(kind) for x in states.values()), training=False)
+        above = torch.ones_like(out)
+        for i, value in enumerate(NOT_FINITE):
+            above[-1 - i, i, -1, -1] = value
+        results[function] = [out, *torch.autograd.grad(out, leaves, above)]
+    names = ("out", *inputs)
+    for result, found, expected in zip(names, results[bn_relu_conv2d], results[reference], strict=True):
+        for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert torch.equal(kind(found), kind(expected)), (result, kind)
+    assert results[reference][0].isfinite().any()
+    assert not results[reference][0].isfinite().all()
+
+
+def test_what_only_the_transforms_cannot_hold_is_computed_without_them():
+    layer = INNERMOST["rows of tiles that end within a vector"]
+    inputs, states = make_layer(layer, torch.float32, layout="images innermost")
+
+    def truth():
+        return reference(*(x.double() for x in (*inputs.values(), *states.values())))
+
+    inputs["conv_weight"] *= 2.5e38 / truth().abs().max().item()
+    out, expected = bn_relu_conv2d(*inputs.values(), *states.values()), truth()
+    assert (out - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
-@pytest.mark.parametrize("name", ["2x2", "4x4", "more positions than are summed at once"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "2x2",
+        "4x4",
+        "more positions than are summed at once",
+        "more channels than are transformed at once",
+        "columns of several vectors",
+    ],
+)
 def test_any_number_of_threads_with_images_innermost(name, threads):
     """No sum is divided among threads."""
     layer = INNERMOST[name]

@@ -210,6 +210,23 @@ __attribute__((noinline)) void add_tap_products(const TapTile<T>& of, int64_t el
   }
 }
 
+// What store_taps takes for `channels` input channels.
+template <typename T>
+constexpr int64_t turned_size(int64_t outputs, int64_t channels) {
+  return round_up<T>(outputs) * round_up<T>(channels * kTaps);
+}
+
+// Writes the gradient of the weights of `channels` from sums [channel][kTaps][pitch], whose rows are output channels.
+template <typename T>
+inline void store_taps(const Convolution<T>& call, Range channels, const T* sums, int64_t pitch, T* turned) {
+  const int64_t rows = (channels.end - channels.begin) * kTaps, turned_pitch = round_up<T>(rows);
+  transpose_matrix(sums, pitch, sums + rows * pitch, rows, call.s.out_channels, turned, turned_pitch);
+  T* to = static_cast<T*>(call.args.grad_conv_weight) + channels.begin * kTaps;
+  for (int64_t o = 0; o < call.s.out_channels; ++o) {
+    std::memcpy(to + o * call.s.in_channels * kTaps, turned + o * turned_pitch, rows * sizeof(T));
+  }
+}
+
 // dz is a convolution of the frames of dy with the weights turned around. dW takes its sums with output channels in the
 // lanes, so that it multiplies no border and adds up no lanes.
 template <typename T>
@@ -226,15 +243,17 @@ class RowsBackward3x3 {
         dy_transposed_(shared<T>(host, elements_ * pitch_)),
         tap_rows_{!all_finite(call_.weight(), call_.s.weight_numel()), call_.s.height} {}
 
-  void run() const {
+  // For some of the input channels.
+  void run(Range channels) const {
     parallel_parts(call_.host, call_.s.height, [&](Range rows) {
       for (int64_t y = rows.begin; y < rows.end; ++y) pack(y);
     });
-    const int64_t tiles = (call_.s.in_channels + kTileOutputs - 1) / kTileOutputs;
+    const int64_t tiles = (channels.end - channels.begin + kTileOutputs - 1) / kTileOutputs;
     parallel_parts(call_.host, tiles, [&](Range range) {
       const auto memory = carve_scratch<Memory>(call_.host, *this);
       for (int64_t tile = range.begin; tile < range.end; ++tile) {
-        run_tile({tile * kTileOutputs, std::min((tile + 1) * kTileOutputs, call_.s.in_channels)}, memory);
+        const int64_t first = channels.begin + tile * kTileOutputs;
+        run_tile({first, std::min(first + kTileOutputs, channels.end)}, memory);
       }
     });
   }
@@ -246,7 +265,7 @@ class RowsBackward3x3 {
     T* sums;        // [kTileOutputs][kTaps][pitch], since the last flush
     double* total;  // the same
     T* weight;      // as PackedWeights
-    T* turned;      // [out_channels][kTileOutputs * kTaps]
+    T* turned;      // as store_taps has it
     int64_t dz_pitch, sums_size;
 
     void carve(Arena& arena, const RowsBackward3x3& of) {
@@ -257,7 +276,7 @@ class RowsBackward3x3 {
       sums = arena.take<T>(sums_size);
       total = arena.take<double>(sums_size);
       weight = arena.take<T>(of.call_.s.out_channels * kTaps * kTileOutputs);
-      turned = arena.take<T>(of.pitch_ * round_up<T>(kTileOutputs * kTaps));
+      turned = arena.take<T>(turned_size<T>(of.call_.s.out_channels, kTileOutputs));
     }
   };
 
@@ -355,14 +374,8 @@ class RowsBackward3x3 {
   }
 
   void store_grad_weight(Range channels, const Memory& memory) const {
-    const int64_t rows = (channels.end - channels.begin) * kTaps, turned_pitch = round_up<T>(kTileOutputs * kTaps);
     for (int64_t i = 0; i < memory.sums_size; ++i) memory.sums[i] = static_cast<T>(memory.total[i]);
-    transpose_matrix(memory.sums, pitch_, memory.sums + memory.sums_size, rows, call_.s.out_channels, memory.turned,
-                     turned_pitch);
-    T* to = static_cast<T*>(call_.args.grad_conv_weight) + channels.begin * kTaps;
-    for (int64_t o = 0; o < call_.s.out_channels; ++o) {
-      std::memcpy(to + o * call_.s.in_channels * kTaps, memory.turned + o * turned_pitch, rows * sizeof(T));
-    }
+    store_taps(call_, channels, memory.sums, pitch_, memory.turned);
   }
 
   Convolution<T> call_;
