@@ -28,6 +28,12 @@ struct BNReLUConv2d {
   void* grad_norm_weight;
   void* grad_norm_bias;
   void* grad_conv_weight;
+  // Whether the gradient of x is added to what grad_x holds.
+  bool add;
+  // [in_channels][2] or null: where the backward pass adds what batch statistics have to do with the gradient of x, for
+  // `correct` to take it from grad_x once for all calls: of_ones and of_centred of
+  // grad_x - of_ones - of_centred (x - mean).
+  double* corrections;
 };
 
 // Whether each channel of the map (N, C, H, W), several images, is one dense row of H x W x N elements.
@@ -40,6 +46,7 @@ struct BNReLUConv2dKernels {
   void (*statistics)(const BNReLUConv2d&, const Host&);
   void (*forward)(const BNReLUConv2d&, const Host&);
   void (*backward)(const BNReLUConv2d&, const Host&);
+  void (*correct)(const BNReLUConv2d&, const Host&);
 };
 
 namespace baseline {

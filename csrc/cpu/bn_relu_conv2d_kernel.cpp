@@ -56,8 +56,12 @@ void run_backward(const BNReLUConv2d& args, const Host& host) {
   });
 }
 
+void correct(const BNReLUConv2d& args, const Host& host) {
+  with_element_type(args.dtype, [&](auto element) { run_corrections<decltype(element)>(args, host); });
+}
+
 }  // namespace
 
-const BNReLUConv2dKernels bn_relu_conv2d_kernels = {run_statistics, run_forward, run_backward};
+const BNReLUConv2dKernels bn_relu_conv2d_kernels = {run_statistics, run_forward, run_backward, correct};
 
 }  // namespace pyext::cpu::PYEXT_CAPABILITY

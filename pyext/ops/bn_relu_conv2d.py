@@ -281,6 +281,10 @@ def _fake_backward(in_rows, grad_out, x, norm_weight, norm_bias, conv_weight, *o
     return grad_x, *(x.new_empty(p.shape, dtype=wide) for p in parameters)
 
 
+def _fake_backward_add(grad_out, x, *inputs):
+    return _fake_backward(_in_rows, grad_out, x, *inputs[:-2])[1:]
+
+
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:6])
     ctx.options = inputs[6:]
@@ -314,6 +318,8 @@ for _variant in ("", "_triton"):
 for _variant, _rows in (("", _in_rows), ("_triton", lambda *_: False)):
     _shapes = functools.partial(_fake, _rows), functools.partial(_fake_backward, _rows)
     register_differentiable("bn_relu_conv2d", *_shapes, _setup_context, _backward, [_variant])
+torch.library.register_fake("pyext::bn_relu_conv2d_backward_add")(_fake_backward_add)
+torch.library.register_fake("pyext::bn_relu_conv2d_correct")(lambda *_: None)
 register_triton("bn_relu_conv2d_statistics_triton", _triton_statistics)
 register_triton("bn_relu_conv2d_triton", _triton_forward)
 register_triton("bn_relu_conv2d_backward_triton", _triton_backward)

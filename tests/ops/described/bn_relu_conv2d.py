@@ -90,6 +90,20 @@ def _backward_sample(dtype: torch.dtype, training: bool) -> tuple[tuple, dict]:
     return (torch.randn_like(torch.ops.pyext.bn_relu_conv2d(*arguments)), *arguments), {}
 
 
+def _backward_add_sample(dtype: torch.dtype, training: bool) -> tuple[tuple, dict]:
+    (grad_out, *arguments), _ = _backward_sample(dtype, training)
+    return (grad_out, *arguments, torch.randn_like(arguments[0]), _corrections(arguments[0])), {}
+
+
+def _correct_sample(dtype: torch.dtype, training: bool) -> tuple[tuple, dict]:
+    x, *_, mean, _ = _arguments(dtype, training, False)[:6]
+    return (torch.randn_like(x), x, mean, _corrections(x)), {}
+
+
+def _corrections(x: Tensor) -> Tensor:
+    return torch.randn(x.shape[1], 2, dtype=torch.float64)
+
+
 DESCRIPTION = Description(
     draw=draw_case,
     call=call,
@@ -98,6 +112,8 @@ DESCRIPTION = Description(
         "bn_relu_conv2d": _forward_sample,
         "bn_relu_conv2d_statistics": _statistics_sample,
         "bn_relu_conv2d_backward": _backward_sample,
+        "bn_relu_conv2d_backward_add": _backward_add_sample,
+        "bn_relu_conv2d_correct": _correct_sample,
     },
     # oneDNN multiplies pairs of bfloat16, so that a NaN also meets the zeros beside the taps of an odd kernel.
     spreads_in=frozenset({torch.bfloat16}),
