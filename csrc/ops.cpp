@@ -13,6 +13,13 @@
 #define BN_RELU_CONV2D_BACKWARD              \
   "(Tensor grad_out, " BN_RELU_CONV2D_INPUTS \
   ") -> (Tensor grad_x, Tensor grad_norm_weight, Tensor grad_norm_bias, Tensor grad_conv_weight)"
+// The gradient of x added to grad_x, without what flows through mean and variance: it is added to `corrections`,
+// float64 (C, 2), for bn_relu_conv2d_correct to take from grad_x once for all the layers that read x.
+#define BN_RELU_CONV2D_BACKWARD_ADD                          \
+  "(Tensor grad_out, " BN_RELU_CONV2D_INPUTS                 \
+  ", Tensor(a!) grad_x, Tensor(b!) corrections) -> (Tensor " \
+  "grad_norm_weight, Tensor grad_norm_bias, Tensor grad_conv_weight)"
+#define BN_RELU_CONV2D_CORRECT "(Tensor(a!) grad_x, Tensor x, Tensor mean, Tensor corrections) -> ()"
 
 // With an average pool of 2x2 in place of the convolution.
 #define BN_RELU_CONV2D_POOL_INPUTS \
@@ -76,6 +83,8 @@ STABLE_TORCH_LIBRARY(pyext, m) {
   m.def("bn_relu_conv2d_running(Tensor(a!)[] running, Tensor[] moments, int count, float momentum) -> ()");
   m.def("bn_relu_conv2d_pool" BN_RELU_CONV2D_POOL);
   m.def("bn_relu_conv2d_pool_backward" BN_RELU_CONV2D_POOL_BACKWARD);
+  m.def("bn_relu_conv2d_backward_add" BN_RELU_CONV2D_BACKWARD_ADD);
+  m.def("bn_relu_conv2d_correct" BN_RELU_CONV2D_CORRECT);
   m.def("dense_block(Tensor x, Tensor packed, int[] extents) -> Tensor");
   m.def("dense_block_pack(Tensor[] tensors, int[] extents, float eps) -> Tensor");
   m.def("gated_excitation(" GATED_EXCITATION_INPUTS ", bool save) -> (Tensor out, " GATED_EXCITATION_SAVED ")");

@@ -144,6 +144,23 @@ Tensor forward(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bi
   return out;
 }
 
+// The gradients of the parameters: norm_weight, norm_bias, conv_weight.
+using ParameterGradients = std::tuple<Tensor, Tensor, Tensor>;
+
+ParameterGradients run_backward(BNReLUConv2d& args, const Tensor& grad_out, const Tensor& x) {
+  const Sizes& s = args.sizes;
+  const Tensor grad_norm_weight = new_vector(x, s.in_channels), grad_norm_bias = new_vector(x, s.in_channels);
+  const Tensor grad_conv_weight =
+      torch::stable::new_empty(x, {s.out_channels, s.group_inputs(), s.kernel, s.kernel}, accumulate_type(args.dtype));
+  args.grad_out = map_of(grad_out);
+  args.grad_norm_weight = grad_norm_weight.data_ptr();
+  args.grad_norm_bias = grad_norm_bias.data_ptr();
+  args.grad_conv_weight = grad_conv_weight.data_ptr();
+  CallMemory memory;
+  selected_bn_relu_conv2d().backward(args, memory.host());
+  return {grad_norm_weight, grad_norm_bias, grad_conv_weight};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor& x, const Tensor& norm_weight,
                                                     const Tensor& norm_bias, const Tensor& conv_weight,
                                                     const Tensor& mean, const Tensor& var, bool training, double eps,
@@ -159,17 +176,50 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, cons
     torch::stable::copy_(dy, grad_out);
   }
   const Tensor grad_x = new_map(x, rows, s.batch, s.in_channels, s.height, s.width);
-  const Tensor grad_norm_weight = new_vector(x, s.in_channels), grad_norm_bias = new_vector(x, s.in_channels);
-  const Tensor grad_conv_weight = torch::stable::new_empty(x, {s.out_channels, s.group_inputs(), s.kernel, s.kernel},
-                                                           accumulate_type(inputs.args.dtype));
-  inputs.args.grad_out = map_of(dy);
   inputs.args.grad_x = map_of(grad_x);
-  inputs.args.grad_norm_weight = grad_norm_weight.data_ptr();
-  inputs.args.grad_norm_bias = grad_norm_bias.data_ptr();
-  inputs.args.grad_conv_weight = grad_conv_weight.data_ptr();
+  return std::tuple_cat(std::tuple(grad_x), run_backward(inputs.args, dy, x));
+}
+
+void check_added(const Tensor& grad_x, const Tensor& x, const Tensor& corrections) {
+  const Shape map{4, {x.size(0), x.size(1), x.size(2), x.size(3)}}, pairs{2, {x.size(1), 2}};
+  STD_TORCH_CHECK(grad_x.is_cpu() && grad_x.scalar_type() == x.scalar_type() && has_shape(grad_x, map),
+                  "bn_relu_conv2d: grad_x differs from x in shape, dtype or device");
+  STD_TORCH_CHECK(corrections.is_cpu() && corrections.scalar_type() == ScalarType::Double &&
+                      has_shape(corrections, pairs) && corrections.is_contiguous(),
+                  "bn_relu_conv2d: corrections has shape ",
+                  shape_text(corrections.sizes(), static_cast<int>(corrections.dim())), ", expected (", x.size(1),
+                  ", 2), contiguous float64 on the CPU");
+}
+
+ParameterGradients backward_add(const Tensor& grad_out, const Tensor& x, const Tensor& norm_weight,
+                                const Tensor& norm_bias, const Tensor& conv_weight, const Tensor& mean,
+                                const Tensor& var, bool training, double eps, int64_t stride, int64_t groups,
+                                const Tensor& grad_x, const Tensor& corrections) {
+  Inputs inputs(x, norm_weight, norm_bias, conv_weight, mean, var, training, eps, stride, groups);
+  STD_TORCH_CHECK(grad_out.is_cpu(), "bn_relu_conv2d: grad_out is not on the CPU, but x is");
+  bn_relu_conv2d::check_gradient(grad_out, x, inputs.args.sizes);
+  check_added(grad_x, x, corrections);
+  inputs.args.rows = false;
+  inputs.args.grad_x = map_of(grad_x);
+  inputs.args.add = true;
+  inputs.args.corrections = static_cast<double*>(corrections.data_ptr());
+  return run_backward(inputs.args, grad_out, x);
+}
+
+void correct(const Tensor& grad_x, const Tensor& x, const Tensor& mean, const Tensor& corrections) {
+  BNReLUConv2d args{};
+  args.dtype = map_type(x, "x");
+  args.sizes = {x.size(0), x.size(1), x.size(2), x.size(3), 1, 1, 1, 1};
+  check_added(grad_x, x, corrections);
+  STD_TORCH_CHECK(mean.is_cpu() && mean.is_contiguous() && mean.scalar_type() == accumulate_type(args.dtype) &&
+                      has_shape(mean, {1, {x.size(1)}}),
+                  "bn_relu_conv2d: mean has another shape, dtype or device than x's channels");
+  args.x = map_of(x);
+  args.grad_x = map_of(grad_x);
+  args.mean = mean.data_ptr();
+  args.corrections = static_cast<double*>(corrections.data_ptr());
   CallMemory memory;
-  selected_bn_relu_conv2d().backward(inputs.args, memory.host());
-  return {grad_x, grad_norm_weight, grad_norm_bias, grad_conv_weight};
+  selected_bn_relu_conv2d().correct(args, memory.host());
 }
 
 Tensor pool(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& mean, const Tensor& var,
@@ -210,6 +260,8 @@ STABLE_TORCH_LIBRARY_IMPL(pyext, CPU, m) {
   m.impl("bn_relu_conv2d_backward", TORCH_BOX(&backward));
   m.impl("bn_relu_conv2d_pool", TORCH_BOX(&pool));
   m.impl("bn_relu_conv2d_pool_backward", TORCH_BOX(&pool_backward));
+  m.impl("bn_relu_conv2d_backward_add", TORCH_BOX(&backward_add));
+  m.impl("bn_relu_conv2d_correct", TORCH_BOX(&correct));
 }
 
 }  // namespace pyext::cpu

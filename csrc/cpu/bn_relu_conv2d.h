@@ -28,10 +28,10 @@ struct BNReLUConv2d {
   void* grad_norm_weight;
   void* grad_norm_bias;
   void* grad_conv_weight;
-  // With `rows` alone. Whether the gradient of x is added to what grad_x holds.
+  // Whether the gradient of x is added to what grad_x holds.
   bool add;
-  // [in_channels][2] or null: where a 1x1 convolution's backward pass adds what batch statistics have to do with the
-  // gradient of x, for `correct` to take it from grad_x once for all calls: of_ones and of_centred of
+  // [in_channels][2] or null: where the backward pass adds what batch statistics have to do with the gradient of x, for
+  // `correct` to take it from grad_x once for all calls: of_ones and of_centred of
   // grad_x - of_ones - of_centred (x - mean).
   double* corrections;
 };
@@ -46,7 +46,7 @@ struct BNReLUConv2dKernels {
   void (*statistics)(const BNReLUConv2d&, const Host&);
   void (*forward)(const BNReLUConv2d&, const Host&);
   void (*backward)(const BNReLUConv2d&, const Host&);
-  void (*correct)(const BNReLUConv2d&, const Host&);  // with `rows` alone
+  void (*correct)(const BNReLUConv2d&, const Host&);
   // Of a pool in place of the convolution: `kernel` is 0 and `out_channels` those of x.
   void (*pool)(const BNReLUConv2d&, const Host&);
   void (*pool_backward)(const BNReLUConv2d&, const Host&);

@@ -69,8 +69,9 @@ void run_backward(const BNReLUConv2d& args, const Host& host) {
   });
 }
 
-void run_corrections(const BNReLUConv2d& args, const Host& host) {
-  with_row_type(args, [&](auto element) { run_row_corrections<decltype(element)>(args, host); });
+void run_correct(const BNReLUConv2d& args, const Host& host) {
+  if (args.rows) return with_row_type(args, [&](auto element) { run_row_corrections<decltype(element)>(args, host); });
+  with_element_type(args.dtype, [&](auto element) { run_corrections<decltype(element)>(args, host); });
 }
 
 void run_pool(const BNReLUConv2d& args, const Host& host) {
@@ -83,7 +84,7 @@ void run_pool_backward(const BNReLUConv2d& args, const Host& host) {
 
 }  // namespace
 
-const BNReLUConv2dKernels bn_relu_conv2d_kernels = {run_statistics,  run_forward, run_backward,
-                                                    run_corrections, run_pool,    run_pool_backward};
+const BNReLUConv2dKernels bn_relu_conv2d_kernels = {run_statistics, run_forward, run_backward,
+                                                    run_correct,    run_pool,    run_pool_backward};
 
 }  // namespace pyext::cpu::PYEXT_CAPABILITY

@@ -27,6 +27,13 @@ class Cell(NamedTuple):
         """Those by x and by the cell's parameters, the statistics' part included."""
         return _OPS.bn_relu_conv2d_backward(grad_out, x, *self, mean, var, True, eps, 1, groups)
 
+    def add_gradients(
+        self, grad_out: Tensor, x: Tensor, mean: Tensor, var: Tensor, eps: float, grad_x: Tensor, corrections: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Those by the cell's parameters; that by x is added to `grad_x`, but for the statistics' part, which is added
+        to `corrections` (C, 2), for `bn_relu_conv2d_correct`."""
+        return _OPS.bn_relu_conv2d_backward_add(grad_out, x, *self, mean, var, True, eps, 1, 1, grad_x, corrections)
+
 
 PARAMETERS = len(Cell._fields)
 

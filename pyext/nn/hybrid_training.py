@@ -2,8 +2,10 @@
 
 All modules of a block read prefixes of one buffer (N, C + modules * growth, H, W). The batch statistics of a channel
 are computed once, when it is written, and serve every later normalisation; each still moves its own running statistics.
-The backward pass adds the modules' gradients up in one buffer of the same shape. Kept for it are the buffer, and of
-each module the map between its two convolutions, the gates' input and what the gates keep: nothing that is normalised.
+The backward pass adds the modules' gradients up in one buffer of the same shape; what flows through the mean and the
+variance of a channel is a sum over the modules too, and is taken from the channel's gradient once, when it is complete.
+Kept for it are the buffer, and of each module the map between its two convolutions, the gates' input and what the gates
+keep: nothing that is normalised.
 With memory "lean" all but the buffer is computed from it again, bit for bit.
 
 Source: HCGNet, arXiv 1908.09699, section 3; memory: arXiv 1707.06990.
@@ -95,15 +97,28 @@ class _Block(torch.autograd.Function):
         tensors, saved = rest[:count], rest[count:]
         grad = grad_out.clone(memory_format=torch.contiguous_format)
         grads: list[Tensor | None] = [None] * count
+        corrections = buffer.new_zeros((buffer.shape[1], 2), dtype=torch.float64)
+
+        def whole(begin: int, end: int) -> Tensor:
+            """The gradient of the buffer's channels [begin, end), to which no module adds any more."""
+            own = grad[:, begin:end]
+            if end == buffer.shape[1]:  # no module reads them, and they have no moments
+                return own
+            _OPS.bn_relu_conv2d_correct(own, buffer[:, begin:end], moments[0, begin:end], corrections[begin:end])
+            return own
+
         for module in reversed(range(extents.modules)):
             channels = ctx.channels + module * extents.growth
             first = module * len(TENSORS)
             own, kept = tensors[first : first + len(TENSORS)], saved[module * _SAVED : (module + 1) * _SAVED]
             if not saved:
                 _, kept = _compute_module(buffer, moments, channels, own, extents, ctx.eps)
-            for place, value in _module_backward(grad, buffer, moments, channels, own, kept, extents, ctx.eps).items():
+            above = whole(channels, channels + extents.growth)
+            into = grad[:, :channels], corrections[:channels]
+            below = buffer[:, :channels], moments[:, :channels]
+            for place, value in _module_backward(above, *below, own, kept, extents, ctx.eps, into).items():
                 grads[first + place] = value
-        return None, None, None, None, grad[:, : ctx.channels], *grads
+        return None, None, None, None, whole(0, ctx.channels), *grads
 
 
 def _compute_module(
@@ -136,25 +151,22 @@ def _move_running(
 
 
 def _module_backward(
-    grad: Tensor,
-    buffer: Tensor,
+    grad_out: Tensor,
+    x: Tensor,
     moments: Tensor,
-    channels: int,
     tensors: Sequence[Tensor],
     kept: Sequence[Tensor],
     extents: Extents,
     eps: float,
+    into: tuple[Tensor, Tensor],
 ) -> dict[int, Tensor]:
-    """Add the gradient of what the module reads to the first `channels` of `grad`; returns its parameters' gradients
-    by their places in `TENSORS`."""
+    """Add the gradient of x, which the module reads, and its corrections to the tensors of `into`; returns those of the
+    module's parameters by their places in `TENSORS`."""
     squeezed, mean, var, u, *gates = kept
-    grad_gates = grad[:, channels : channels + extents.growth]
     parameters = list(tensors[_GATES])
-    grad_u, flat = _OPS.gated_excitation_backward(grad_gates, u, parameters, [], *gates, True, eps)
+    grad_u, flat = _OPS.gated_excitation_backward(grad_out, u, parameters, [], *gates, True, eps)
     grad_squeezed, *second = _cell(tensors, 5).gradients(grad_u, squeezed, mean, var, eps, extents.groups)
-    known = moments[0, :channels], moments[1, :channels]
-    grad_x, *first = _cell(tensors, 0).gradients(grad_squeezed, buffer[:, :channels], *known, eps)
-    grad[:, :channels] += grad_x
+    first = _cell(tensors, 0).add_gradients(grad_squeezed, x, moments[0], moments[1], eps, *into)
     grads = dict(zip((0, 1, 4, 5, 6, 9), (*first, *second), strict=True))
     parts = flat.split([p.numel() for p in parameters])
     views = (part.view(p.shape) for part, p in zip(parts, parameters, strict=True))

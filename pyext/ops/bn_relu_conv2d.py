@@ -345,6 +345,10 @@ def _fake_block_backward(grad_out, buffer, moments, kept, parameters, layers, ep
     return _new_block_map(buffer, buffer.shape[1]), [p.new_empty(p.shape) for p in parameters]
 
 
+def _fake_backward_add(grad_out, x, *inputs):
+    return _fake_backward(_in_rows, grad_out, x, *inputs[:-2])[1:]
+
+
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:6])
     ctx.options = inputs[6:]
@@ -384,6 +388,8 @@ register_differentiable(
 torch.library.register_fake("pyext::bn_relu_conv2d_running")(lambda *_: None)
 torch.library.register_fake("pyext::bn_relu_conv2d_block")(_fake_block)
 torch.library.register_fake("pyext::bn_relu_conv2d_block_backward")(_fake_block_backward)
+torch.library.register_fake("pyext::bn_relu_conv2d_backward_add")(_fake_backward_add)
+torch.library.register_fake("pyext::bn_relu_conv2d_correct")(lambda *_: None)
 register_triton("bn_relu_conv2d_statistics_triton", _triton_statistics)
 register_triton("bn_relu_conv2d_triton", _triton_forward)
 register_triton("bn_relu_conv2d_backward_triton", _triton_backward)

@@ -22,6 +22,8 @@ LAYERS = {
     "grouped, rows of no whole vector": Layer(2, 14, 7, 5, 10, 3, 1, 2),
     "strided, odd extents": Layer(2, 7, 9, 13, 5, 3, 2),
     "strided and grouped": Layer(2, 6, 8, 7, 4, 3, 2, 2),
+    "a2, third block, grouped": Layer(9, 128, 8, 8, 32, 3, 1, 2),
+    "more inputs than stay in cache": Layer(2, 83, 16, 48, 19, 3),
     "one position": Layer(3, 5, 1, 1, 3, 3, 2),
     "one row": Layer(2, 4, 1, 75, 3, 3),
     "one column": Layer(2, 4, 70, 1, 3, 3, 2),
@@ -227,6 +229,51 @@ def test_any_number_of_threads(name, threads):
     for result, value in expected.items():
         assert torch.equal(actual[result], again[result]), result
         assert result == "conv_weight" or torch.equal(actual[result], value), result
+
+
+def run_backward(layer, inputs, grad_out, training, *into):
+    mean, var = batch_statistics(inputs["x"])
+    op = torch.ops.pyext.bn_relu_conv2d_backward_add if into else torch.ops.pyext.bn_relu_conv2d_backward
+    return op(grad_out, *inputs.values(), mean, var, training, 1e-5, layer.stride, layer.groups, *into)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ["a1, squeeze", "a1, grouped", "grouped, rows of no whole vector", "no image"])
+def test_gradients_of_several_layers_are_added_and_corrected_once(name, training):
+    """By a slice of channels of a larger tensor, whose other channels stay as they are."""
+    layer = LAYERS[name]
+    inputs, states = make_layer(layer, torch.float64)
+    x = inputs["x"]
+    buffer = torch.randn(x.shape[0], x.shape[1] + 2, *x.shape[2:], dtype=torch.float64)
+    before, corrections = buffer.clone(), torch.zeros(x.shape[1], 2, dtype=torch.float64)
+    expected = buffer[:, 1:-1].clone()
+    for seed in range(2):
+        torch.manual_seed(seed)
+        grad_out = torch.randn_like(step(layer, inputs, states, bn_relu_conv2d)["out"])
+        added = run_backward(layer, inputs, grad_out, training, buffer[:, 1:-1], corrections)
+        grad_x, *alone = run_backward(layer, inputs, grad_out, training)
+        assert all(torch.equal(a, b) for a, b in zip(added, alone, strict=True))
+        expected += grad_x
+    assert training or not corrections.any()
+    torch.ops.pyext.bn_relu_conv2d_correct(buffer[:, 1:-1], x, batch_statistics(x)[0], corrections)
+    torch.testing.assert_close(buffer[:, 1:-1], expected, rtol=1e-11, atol=1e-11)
+    assert torch.equal(buffer[:, [0, -1]], before[:, [0, -1]])
+
+
+def test_what_is_added_to_must_have_the_shape_of_the_gradient():
+    layer = LAYERS["a1, squeeze"]
+    inputs, _ = make_layer(layer, torch.float32)
+    grad_out = torch.randn(layer.batch, 48, 32, 32)
+    corrections = torch.zeros(layer.channels, 2, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="grad_x differs from x"):
+        run_backward(layer, inputs, grad_out, True, inputs["x"][:, 1:].clone(), corrections)
+    with pytest.raises(RuntimeError, match=r"corrections has shape .36, 1., expected .36, 2."):
+        run_backward(layer, inputs, grad_out, True, inputs["x"].clone(), corrections[:, :1])
+    with pytest.raises(RuntimeError, match="float64"):
+        run_backward(layer, inputs, grad_out, True, inputs["x"].clone(), corrections.float())
+    wrong = torch.zeros(layer.channels - 1)
+    with pytest.raises(RuntimeError, match="mean has another shape"):
+        torch.ops.pyext.bn_relu_conv2d_correct(inputs["x"].clone(), inputs["x"], wrong, corrections)
 
 
 def test_statistics_that_are_known_are_not_computed_again():

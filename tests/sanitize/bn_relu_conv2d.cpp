@@ -60,6 +60,14 @@ class Call {
       CallMemory call;
       kernel(args_, call.host(threads));
     }
+    if (!args_.rows) {
+      args_.add = true;
+      args_.corrections = memory_.drawn<double>(2 * s_.in_channels, -1, 1);
+      for (const auto kernel : {kernels().backward, kernels().correct}) {
+        CallMemory call;
+        kernel(args_, call.host(threads));
+      }
+    }
     const int64_t in = s_.batch * s_.in_channels * s_.positions(),
                   out = s_.batch * s_.out_channels * s_.out_positions();
     if (!Tensors::written(mean_, s_.in_channels) || !Tensors::written(var_, s_.in_channels)) return "statistics";

@@ -1,5 +1,6 @@
-// Backward pass of the 1x1 convolution. For a strip of positions, z = relu(BN(x)) is made again; then, in tiles that
-// stay in registers, dz = W^T dy, whose lanes are positions, and dW^T += z dy^T, whose lanes are output channels.
+// Backward pass of the 1x1 convolution. For a chunk of positions, z = relu(BN(x)) is made again; then, in tiles that
+// stay in registers, dz = W^T dy, strip by strip, whose lanes are positions, and dW^T += z dy^T, whose lanes are output
+// channels and which sums over the chunk before it meets memory.
 #pragma once
 
 #include "cpu/bn_relu_conv2d/gradients.h"
@@ -7,12 +8,16 @@
 namespace pyext::cpu::PYEXT_CAPABILITY {
 namespace {
 
-constexpr int kOuterVectors = kTileRegisters / kTileOutputs;
 constexpr int64_t kFlushPositions = 512;  // summed in the accumulate type before they are added in double precision
+constexpr int kChunkStrips = kVectorBytes == 64 ? 2 : 4;
+template <typename T>
+constexpr int64_t kChunkPositions = kChunkStrips * kStripVectors * kLanes<T>;
 
-// to[c][o] += sum_p z[c][p] dy[p][o] for kTileOutputs channels c and Vectors vectors of o.
+// to[c][o] += sum_p z[c][p] dy[p][o] for kTileOutputs channels c and Vectors vectors of o. Not inlined, since the
+// accumulators then stay in registers.
 template <int Vectors, typename T>
-inline void add_outer_products(const T* z, int64_t z_pitch, const T* dy, int64_t dy_pitch, int64_t positions, T* to) {
+[[gnu::noinline]] void add_outer_products(const T* z, int64_t z_pitch, const T* dy, int64_t dy_pitch, int64_t positions,
+                                          T* to) {
   Vec<T> sum[kTileOutputs][Vectors];
 #pragma GCC unroll 8
   for (int c = 0; c < kTileOutputs; ++c) {
@@ -41,24 +46,22 @@ template <typename T>
 struct PointwiseMemory {
   T* x;
   T* dy;
-  T* z_strip;        // [rows][strip]
+  T* z;              // [rows][chunk]
   T* dy_strip;       // [out_channels][strip]
-  T* dy_transposed;  // [strip][pitch]
+  T* dy_transposed;  // of every tile of outputs: [chunk][outputs]
   T* sums;           // [in_channels][2] vectors
-  T* grad_weight;    // [rows][pitch], since the last flush
-  int64_t rows, pitch;
+  T* grad_weight;    // of every tile of outputs: [rows][outputs], since the last flush
+  int64_t rows;
 
-  void carve(Arena& arena, const ConvolutionSizes& s) {
-    constexpr int64_t kStrip = kStripVectors * kLanes<T>;
+  void carve(Arena& arena, const ConvolutionSizes& s, const OuterTiles<T>& tiles) {
     rows = round_up_to_tiles(s.in_channels);
-    pitch = round_up<T>(s.out_channels);
     x = arena.take<T>(s.in_channels * round_up<T>(s.positions()));
     dy = arena.take<T>(s.out_channels * round_up<T>(s.positions()));
-    z_strip = arena.take<T>(rows * kStrip);
-    dy_strip = arena.take<T>(s.out_channels * kStrip);
-    dy_transposed = arena.take<T>(kStrip * pitch);
+    z = arena.take<T>(rows * kChunkPositions<T>);
+    dy_strip = arena.take<T>(s.out_channels * kStripVectors * kLanes<T>);
+    dy_transposed = arena.take<T>(kChunkPositions<T> * tiles.outputs());
     sums = arena.take<T>(2 * s.in_channels * kLanes<T>);
-    grad_weight = arena.take<T>(rows * pitch);
+    grad_weight = arena.take<T>(rows * tiles.outputs());
   }
 };
 
@@ -71,17 +74,16 @@ class PointwiseBackward {
   PointwiseBackward(const BNReLUConv2d& args, const Host& host)
       : call_(args, host),
         s_(args.sizes),
-        grad_x_(args.grad_x, call_),
+        tiles_(s_.out_channels),
+        grad_x_(args, call_),
         sums_(host, s_.batch, s_.in_channels),
-        transposed_(shared<T>(host, round_up_to_tiles(s_.in_channels) * s_.out_channels)),
+        transposed_(shared_zeros<T>(host, round_up_to_tiles(s_.in_channels) * s_.out_channels)),
         tasks_(task_count(host, s_.batch)),
         grad_weight_(shared<double>(host, tasks_ * s_.weight_numel())) {
     for (int64_t c = 0; c < s_.in_channels; ++c) {
-      for (int64_t o = 0; o < s_.out_channels; ++o) {
-        transposed_[c * s_.out_channels + o] = call_.weight()[o * s_.in_channels + c];
-      }
+      T* to = transposed_ + c / kTileOutputs * kTileOutputs * s_.out_channels + c % kTileOutputs;
+      for (int64_t o = 0; o < s_.out_channels; ++o) to[o * kTileOutputs] = call_.weight()[o * s_.in_channels + c];
     }
-    std::fill(transposed_ + s_.weight_numel(), transposed_ + round_up_to_tiles(s_.in_channels) * s_.out_channels, T(0));
   }
 
   void run() const {
@@ -92,12 +94,11 @@ class PointwiseBackward {
 
  private:
   void run_images(Range images, int64_t task) const {
-    const auto memory = carve_scratch<PointwiseMemory<T>>(call_.host, s_);
+    const auto memory = carve_scratch<PointwiseMemory<T>>(call_.host, s_, tiles_);
     double* total = grad_weight_ + task * s_.weight_numel();
     std::memset(total, 0, s_.weight_numel() * sizeof(double));
-    std::memset(memory.grad_weight, 0, memory.rows * memory.pitch * sizeof(T));
-    std::memset(memory.dy_transposed, 0, kStripVectors * kL * memory.pitch * sizeof(T));
-    std::memset(memory.z_strip, 0, memory.rows * kStripVectors * kL * sizeof(T));
+    std::memset(memory.grad_weight, 0, memory.rows * tiles_.outputs() * sizeof(T));
+    std::memset(memory.z, 0, memory.rows * kChunkPositions<T> * sizeof(T));
     int64_t unflushed = 0;
     for (int64_t n = images.begin; n < images.end; ++n) {
       run_image(n, memory);
@@ -111,49 +112,80 @@ class PointwiseBackward {
   void run_image(int64_t n, const PointwiseMemory<T>& memory) const {
     const Image<const T> x = load_image<S>(call_.args.x, n, s_.batch, call_.in_extent(), memory.x);
     const Image<const T> dy = load_image<S>(call_.args.grad_out, n, s_.batch, call_.out_extent(), memory.dy);
-    const Image<T> dx = grad_x_.image(n);
+    const Image<T> dx = grad_x_.begin(n);
     std::memset(memory.sums, 0, 2 * s_.in_channels * kL * sizeof(T));
-    for_each_strip<T>(s_.positions(), [&](auto vectors, int64_t first) {
-      constexpr int kVectors = decltype(vectors)::value;
-      activate<kVectors>(call_.cell, x, first, memory.z_strip);
-      copy_strip<kVectors>(dy, first, memory.dy_strip);
-      for (int64_t channel = 0; channel < s_.in_channels; channel += kTileOutputs) {
-        add_grad_input<kVectors>(x, first, channel, memory, dx);
-      }
-      const T* end = memory.dy_strip + s_.out_channels * kVectors * kL;
-      transpose_matrix(memory.dy_strip, kVectors * kL, end, s_.out_channels, kVectors * kL, memory.dy_transposed,
-                       memory.pitch);
-      add_grad_weight(memory, kVectors * kL);
-    });
+    for (int64_t begin = 0; begin < s_.positions(); begin += kChunkPositions<T>) {
+      const int64_t count = std::min(round_up<T>(s_.positions()) - begin, kChunkPositions<T>);
+      activate_chunk(x, begin, count, memory.z);
+      for_each_strip<T>(count, [&](auto vectors, int64_t first) {
+        constexpr int kVectors = decltype(vectors)::value;
+        copy_strip<kVectors>(dy, begin + first, memory.dy_strip);
+        for (int64_t channel = 0; channel < s_.in_channels; channel += kTileOutputs) {
+          add_grad_input<kVectors>(x, begin + first, channel, memory, dx);
+        }
+        transpose_strip(memory, kVectors * kL, first);
+      });
+      add_grad_weight(memory, count);
+    }
     for (int64_t c = 0; c < s_.in_channels; ++c) {
       const T* sums = memory.sums + 2 * c * kL;
       sums_.set(n, c, sum_of_lanes(sums), sum_of_lanes(sums + kL));
     }
   }
 
+  void activate_chunk(const Image<const T>& x, int64_t begin, int64_t count, T* z) const {
+    for (int64_t c = 0; c < s_.in_channels; ++c) {
+      for (int64_t p = 0; p < count; p += kL) {
+        store<T>(z + c * kChunkPositions<T> + p, call_.norm().relu_of(load<T>(x.row(c) + begin + p), c));
+      }
+    }
+  }
+
   template <int Vectors>
   void copy_strip(const Image<const T>& dy, int64_t first, T* to) const {
     for (int64_t o = 0; o < s_.out_channels; ++o) {
+      prefetch<Vectors, false>(dy.row(o) + first + Vectors * kL);
 #pragma GCC unroll 8
       for (int v = 0; v < Vectors; ++v) store<T>(to + (o * Vectors + v) * kL, load<T>(dy.row(o) + first + v * kL));
     }
   }
 
+  // The strip at `first` of the chunk.
+  void transpose_strip(const PointwiseMemory<T>& memory, int64_t positions, int64_t first) const {
+    const T* end = memory.dy_strip + s_.out_channels * positions;
+    tiles_.for_each([&](auto vectors, int64_t o) {
+      constexpr int64_t kOutputs = decltype(vectors)::value * kL;
+      T* to = memory.dy_transposed + o * kChunkPositions<T> + first * kOutputs;
+      transpose_matrix(memory.dy_strip + o * positions, positions, end, std::min(s_.out_channels - o, kOutputs),
+                       positions, to, kOutputs);
+    });
+  }
+
   template <int Vectors>
   void add_grad_input(const Image<const T>& x, int64_t first, int64_t channel, const PointwiseMemory<T>& memory,
                       const Image<T>& dx) const {
-    Vec<T> d[kTileOutputs][Vectors] = {};
-    multiply<Vectors, kTileOutputs>(memory.dy_strip, transposed_ + channel * s_.out_channels, s_.out_channels, d);
 #pragma GCC unroll 8
     for (int r = 0; r < kTileOutputs; ++r) {
-      const int64_t c = channel + r;
-      if (c >= s_.in_channels) break;
+      // What the next tile ends with, and the next chunk begins with: rows lie pages apart, which no prefetcher
+      // follows.
+      prefetch<Vectors, false>(x.row(channel + kTileOutputs + r) + first);
+      prefetch<Vectors, true>(dx.row(channel + kTileOutputs + r) + first);
+      prefetch<Vectors, false>(x.row(channel + r) + first + kChunkPositions<T>);
+    }
+    Vec<T> d[kTileOutputs][Vectors] = {};
+    const T* weight = transposed_ + channel * s_.out_channels;
+    for (int64_t o = 0; o < s_.out_channels; ++o) {
+      add_products<Vectors, kTileOutputs>(memory.dy_strip + o * Vectors * kL, weight + o * kTileOutputs, 1, d);
+    }
+    alignas(64) T tile[kTileOutputs][Vectors * kL];
+    store_tile(d, tile[0], Vectors * kL);
+    for (int64_t c = channel; c < std::min(channel + kTileOutputs, s_.in_channels); ++c) {
       T* at = memory.sums + 2 * c * kL;
       NormSums<T> sums{load<T>(at), load<T>(at + kL)};
 #pragma GCC unroll 8
       for (int v = 0; v < Vectors; ++v) {
-        const Vec<T> from = load<T>(x.row(c) + first + v * kL);
-        store<T>(dx.row(c) + first + v * kL, through_norm(call_.norm(), c, from, d[r][v], sums));
+        const Vec<T> from = load<T>(x.row(c) + first + v * kL), dz = load<T>(tile[c - channel] + v * kL);
+        grad_x_.put(dx.row(c) + first + v * kL, through_norm(call_.norm(), c, from, dz, sums));
       }
       store<T>(at, sums.gradient);
       store<T>(at + kL, sums.product);
@@ -161,25 +193,26 @@ class PointwiseBackward {
   }
 
   void add_grad_weight(const PointwiseMemory<T>& memory, int64_t positions) const {
-    const int64_t vectors = memory.pitch / kL, tiles = (vectors + kOuterVectors - 1) / kOuterVectors;
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const Range range = part_of(vectors, tiles, tile);
-      with_constant<kOuterVectors>(range.end - range.begin, [&](auto count) {
-        for (int64_t c = 0; c < memory.rows; c += kTileOutputs) {
-          add_outer_products<decltype(count)::value>(memory.z_strip + c * positions, positions,
-                                                     memory.dy_transposed + range.begin * kL, memory.pitch, positions,
-                                                     memory.grad_weight + c * memory.pitch + range.begin * kL);
-        }
-      });
-    }
+    tiles_.for_each([&](auto vectors, int64_t o) {
+      constexpr int64_t kOutputs = decltype(vectors)::value * kL;
+      for (int64_t c = 0; c < memory.rows; c += kTileOutputs) {
+        add_outer_products<decltype(vectors)::value>(memory.z + c * kChunkPositions<T>, kChunkPositions<T>,
+                                                     memory.dy_transposed + o * kChunkPositions<T>, kOutputs, positions,
+                                                     memory.grad_weight + o * memory.rows + c * kOutputs);
+      }
+    });
   }
 
   void flush(const PointwiseMemory<T>& memory, double* total) const {
-    for (int64_t c = 0; c < s_.in_channels; ++c) {
-      const T* from = memory.grad_weight + c * memory.pitch;
-      for (int64_t o = 0; o < s_.out_channels; ++o) total[c * s_.out_channels + o] += from[o];
-    }
-    std::memset(memory.grad_weight, 0, memory.rows * memory.pitch * sizeof(T));
+    tiles_.for_each([&](auto vectors, int64_t first) {
+      constexpr int64_t kOutputs = decltype(vectors)::value * kL;
+      const int64_t count = std::min(s_.out_channels - first, kOutputs);
+      for (int64_t c = 0; c < s_.in_channels; ++c) {
+        const T* from = memory.grad_weight + first * memory.rows + c * kOutputs;
+        for (int64_t o = 0; o < count; ++o) total[c * s_.out_channels + first + o] += from[o];
+      }
+    });
+    std::memset(memory.grad_weight, 0, memory.rows * tiles_.outputs() * sizeof(T));
   }
 
   void merge_grad_weight() const {
@@ -195,9 +228,10 @@ class PointwiseBackward {
 
   Convolution<T> call_;
   ConvolutionSizes s_;
+  OuterTiles<T> tiles_;
   GradientMap<S> grad_x_;
   ImageSums sums_;
-  T* transposed_;  // the weight as in_channels x out_channels, in whole tiles of rows
+  T* transposed_;  // the weight as [tile of in_channels][out_channels][kTileOutputs]
   int64_t tasks_;
   double* grad_weight_;  // of every task: in_channels x out_channels
 };

@@ -70,14 +70,32 @@ inline void for_each_strip(int64_t positions, Work work) {
   }
 }
 
-// relu(BN(x)) of one image into the padded planes of its channels.
+// A strip that is read, or else written too, later on.
+template <int Vectors, bool kWritten, typename T>
+inline void prefetch(const T* strip) {
+#pragma GCC unroll 8
+  for (int byte = 0; byte < Vectors * kVectorBytes; byte += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(strip) + byte, kWritten);
+  }
+}
+
+// The map from channel `first` on.
+template <typename S>
+inline Map channels_from(Map map, int64_t first) {
+  map.data = static_cast<S*>(map.data) + first * map.stride[1];
+  return map;
+}
+
+// relu(BN(x)) of the channels of one image, of which x and the padded planes begin with the first.
 template <typename T>
-inline void activate_planes(const Convolution<T>& call, const Planes& planes, const Image<const T>& x, T* row, T* to) {
-  for (int64_t c = 0; c < call.s.in_channels; ++c) {
+inline void activate_planes(const Convolution<T>& call, const Planes& planes, const Image<const T>& x, Range channels,
+                            T* row, T* to) {
+  for (int64_t c = channels.begin; c < channels.end; ++c, to += planes.channel) {
+    const T* from = x.row(c - channels.begin);
     for (int64_t p = 0; p < call.s.positions(); p += kLanes<T>) {
-      store<T>(row + p, call.norm().relu_of(load<T>(x.row(c) + p), c));
+      store<T>(row + p, call.norm().relu_of(load<T>(from + p), c));
     }
-    write_planes(planes, row, 0, call.s.positions(), to + c * planes.channel);
+    write_planes(planes, row, 0, call.s.positions(), to);
   }
 }
 

@@ -77,7 +77,7 @@ class ForwardPass {
     if (s_.kernel == 1) {
       project(x, memory.strip, out);
     } else {
-      activate_planes(call_, planes_, x, memory.row, memory.planes);
+      activate_planes(call_, planes_, x, Range{0, s_.in_channels}, memory.row, memory.planes);
       convolve_groups(block_sizes(s_), call_.cell, planes_, memory.planes, Range{0, s_.groups},
                       Range{0, s_.out_height()}, out);
     }
@@ -97,7 +97,14 @@ class ForwardPass {
     for_each_strip<T>(s_.positions(), [&](auto vectors, int64_t first) {
       constexpr int kVectors = decltype(vectors)::value;
       activate<kVectors>(call_.cell, x, first, strip);
-      for (int64_t channel = 0; channel < s_.out_channels; channel += kTileOutputs) {
+      const int64_t tiles = round_up_to_tiles(s_.out_channels) / kTileOutputs;
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t channel = tile * kTileOutputs;
+        // The next strip: rows lie pages apart, which no prefetcher follows.
+        const Range rows = part_of(s_.in_channels, tiles, tile);
+        for (int64_t c = rows.begin; c < rows.end; ++c) {
+          prefetch<kVectors, false>(x.row(c) + first + kVectors * kLanes<T>);
+        }
         Vec<T> sum[kTileOutputs][kVectors] = {};
         multiply<kVectors, kTileOutputs>(strip, padded_ + channel * s_.in_channels, s_.in_channels, sum);
 #pragma GCC unroll 8

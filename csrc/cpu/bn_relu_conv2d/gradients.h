@@ -10,6 +10,38 @@
 namespace pyext::cpu::PYEXT_CAPABILITY {
 namespace {
 
+constexpr int kOuterVectors = kTileRegisters / kTileOutputs;
+
+// Vectors of output channels in nearly equal tiles.
+template <typename T>
+struct OuterTiles {
+  int64_t vectors, tiles;
+
+  explicit OuterTiles(int64_t outputs)
+      : vectors(round_up<T>(outputs) / kLanes<T>), tiles((vectors + kOuterVectors - 1) / kOuterVectors) {}
+  int64_t outputs() const { return vectors * kLanes<T>; }
+
+  // Calls work(constant vectors, first output channel) for every tile.
+  template <typename Work>
+  void for_each(Work work) const {
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const Range range = part_of(vectors, tiles, tile);
+      with_constant<kOuterVectors>(range.end - range.begin, [&](auto count) { work(count, range.begin * kLanes<T>); });
+    }
+  }
+};
+
+// A tile out of its registers. What is done with it later may have conditions, which would keep the compiler from
+// holding the accumulators in registers.
+template <int Vectors, int Rows, typename T>
+inline void store_tile(const Vec<T> (&tile)[Rows][Vectors], T* to, int64_t pitch) {
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) store<T>(to + r * pitch + v * kLanes<T>, tile[r][v]);
+  }
+}
+
 // sum dz and sum dz (x - mean) of one channel.
 template <typename T>
 struct NormSums {
@@ -40,10 +72,11 @@ class GradientMap {
   using T = Accumulate<S>;
 
  public:
-  GradientMap(const Map& map, const Convolution<T>& call) : map_(map), extent_(call.in_extent()) {
-    direct_ = is_image<S>(map, extent_);
+  GradientMap(const BNReLUConv2d& args, const Convolution<T>& call)
+      : map_(args.grad_x), batch_(call.s.batch), extent_(call.in_extent()), adds_(args.add) {
+    direct_ = is_image<S>(map_, extent_);
     pitch_ = round_up<T>(extent_.positions());
-    if (!direct_) memory_ = shared<T>(call.host, call.s.batch * extent_.channels * pitch_);
+    if (!direct_) memory_ = shared<T>(call.host, batch_ * extent_.channels * pitch_);
   }
 
   Image<T> image(int64_t n) const {
@@ -52,6 +85,16 @@ class GradientMap {
     }
     return {memory_ + n * extent_.channels * pitch_, pitch_};
   }
+
+  // Image n, with what is added to.
+  Image<T> begin(int64_t n) const {
+    const Image<T> to = image(n);
+    if (adds_ && !direct_) load_image<S>(map_, n, batch_, extent_, to.data);
+    return to;
+  }
+
+  // A vector of the gradient to its place in an image.
+  void put(T* to, Vec<T> gradient) const { store<T>(to, adds_ ? load<T>(to) + gradient : gradient); }
 
   void finish(int64_t n) const {
     const Image<T> made = image(n);
@@ -62,9 +105,10 @@ class GradientMap {
 
  private:
   const Map& map_;
+  int64_t batch_;
   Extent extent_;
   int64_t pitch_;
-  bool direct_;
+  bool direct_, adds_;
   T* memory_ = nullptr;
 };
 
@@ -96,36 +140,76 @@ class ImageSums {
   double* sums_;
 };
 
-// Writes the gradients of the normalisation's parameters, and corrects and delivers the gradient of x.
+// What batch statistics take from scale * dz: of_ones + of_centred (x - mean).
+struct Correction {
+  double of_ones, of_centred;
+};
+
+// Writes the gradients of the normalisation's parameters of channel c from the sums of dz and of dz (x - mean).
+template <typename T>
+Correction finish_parameters(const Convolution<T>& call, int64_t c, double gradient, double product) {
+  const double inverse = call.inverse[c], scale = call.norm().scale[c];
+  const double count = static_cast<double>(call.s.batch) * call.s.positions();
+  static_cast<T*>(call.args.grad_norm_bias)[c] = static_cast<T>(gradient);
+  static_cast<T*>(call.args.grad_norm_weight)[c] = static_cast<T>(product * inverse);
+  return {scale * gradient / count, scale * inverse * inverse * product / count};
+}
+
+// Takes the corrections, one for each channel, from the gradient of an image's x.
+template <typename T>
+void correct_image(const double* corrections, const T* mean, const Extent& e, const Image<const T>& x,
+                   const Image<T>& grad_x) {
+  for (int64_t c = 0; c < e.channels; ++c) {
+    const T of_ones = static_cast<T>(corrections[2 * c]), of_centred = static_cast<T>(corrections[2 * c + 1]);
+    for (int64_t p = 0; p < e.positions(); p += kLanes<T>) {
+      const Vec<T> centred = load<T>(x.row(c) + p) - mean[c];
+      store<T>(grad_x.row(c) + p, load<T>(grad_x.row(c) + p) - of_ones - centred * of_centred);
+    }
+  }
+}
+
+// Writes the gradients of the normalisation's parameters, and delivers the gradient of x, corrected unless that is left
+// for later.
 template <typename S, typename T>
 inline void finish_norm(const Convolution<T>& call, const ImageSums& sums, const GradientMap<S>& grad_x) {
   const ConvolutionSizes& s = call.s;
-  const double count = static_cast<double>(s.batch) * s.positions();
-  T *of_ones = shared<T>(call.host, s.in_channels), *of_centred = shared<T>(call.host, s.in_channels);
+  const bool training = call.args.training, later = call.args.corrections;
+  double* corrections = later ? call.args.corrections : shared_zeros<double>(call.host, 2 * s.in_channels);
   for (int64_t c = 0; c < s.in_channels; ++c) {
     const auto [gradient, product] = sums.merged(c);
-    const double inverse = call.inverse[c], scale = call.norm().scale[c];
-    static_cast<T*>(call.args.grad_norm_bias)[c] = static_cast<T>(gradient);
-    static_cast<T*>(call.args.grad_norm_weight)[c] = static_cast<T>(product * inverse);
-    of_ones[c] = static_cast<T>(scale * gradient / count);
-    of_centred[c] = static_cast<T>(scale * inverse * inverse * product / count);
+    const Correction correction = finish_parameters(call, c, gradient, product);
+    if (!training) continue;
+    corrections[2 * c] += correction.of_ones;
+    corrections[2 * c + 1] += correction.of_centred;
   }
-  if (!call.args.training && grad_x.direct()) return;
+  const bool corrects = training && !later;
+  if (!corrects && grad_x.direct()) return;
   parallel_ranges(call.host, s.batch, [&](Range images, int64_t) {
     T* memory = static_cast<T*>(call.host.scratch(s.in_channels * round_up<T>(s.positions()) * sizeof(T)));
     for (int64_t n = images.begin; n < images.end; ++n) {
-      if (call.args.training) {
-        const Image<T> to = grad_x.image(n);
+      if (corrects) {
         const Image<const T> x = load_image<S>(call.args.x, n, s.batch, call.in_extent(), memory);
-        for (int64_t c = 0; c < s.in_channels; ++c) {
-          for (int64_t p = 0; p < s.positions(); p += kLanes<T>) {
-            const Vec<T> centred = load<T>(x.row(c) + p) - call.norm().mean[c];
-            store<T>(to.row(c) + p, load<T>(to.row(c) + p) - of_ones[c] - centred * of_centred[c]);
-          }
-        }
+        correct_image(corrections, call.norm().mean, call.in_extent(), x, grad_x.image(n));
       }
       grad_x.finish(n);
     }
+  });
+}
+
+// Takes from grad_x the corrections that calls of the backward pass have left.
+template <typename S>
+void run_corrections(const BNReLUConv2d& args, const Host& host) {
+  using T = Accumulate<S>;
+  const ConvolutionSizes& s = args.sizes;
+  const Extent extent{s.in_channels, s.height, s.width};
+  const int64_t map = s.in_channels * round_up<T>(s.positions());
+  parallel_images(host, s.batch, [&](int64_t n) {
+    T* scratch = static_cast<T*>(host.scratch(2 * map * sizeof(T)));
+    const Image<const T> x = load_image<S>(args.x, n, s.batch, extent, scratch);
+    const Image<const T> grad_x = load_image<S>(args.grad_x, n, s.batch, extent, scratch + map);
+    correct_image(args.corrections, static_cast<const T*>(args.mean), extent, x,
+                  Image<T>{const_cast<T*>(grad_x.data), grad_x.pitch});
+    if (!is_image<S>(args.grad_x, extent)) store_image<S>(grad_x, args.grad_x, n, extent);
   });
 }
 

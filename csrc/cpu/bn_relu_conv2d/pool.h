@@ -72,7 +72,7 @@ class PoolBackward {
       : call_(args, host),
         s_(args.sizes),
         extent_(pooled_extent(s_)),
-        grad_x_(args.grad_x, call_),
+        grad_x_(args, call_),
         sums_(host, s_.batch, s_.in_channels) {}
 
   void run() const {

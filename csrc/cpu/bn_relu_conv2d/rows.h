@@ -108,21 +108,6 @@ void run_row_statistics(const BNReLUConv2d& args, const Host& host) {
   });
 }
 
-// What batch statistics take from scale * dz (gradients.h): of_ones + of_centred (x - mean).
-struct Correction {
-  double of_ones, of_centred;
-};
-
-// Writes the gradients of the normalisation's parameters of channel c from the sums of dz and of dz (x - mean).
-template <typename T>
-Correction finish_parameters(const Convolution<T>& call, int64_t c, double gradient, double product) {
-  const double inverse = call.inverse[c], scale = call.norm().scale[c];
-  const double count = static_cast<double>(call.s.batch) * call.s.positions();
-  static_cast<T*>(call.args.grad_norm_bias)[c] = static_cast<T>(gradient);
-  static_cast<T*>(call.args.grad_norm_weight)[c] = static_cast<T>(product * inverse);
-  return {scale * gradient / count, scale * inverse * inverse * product / count};
-}
-
 template <typename T>
 void correct_row(const T* x, int64_t elements, T mean, const Correction& correction, T* grad_x) {
   const T of_ones = static_cast<T>(correction.of_ones), of_centred = static_cast<T>(correction.of_centred);

@@ -38,22 +38,24 @@ struct ReachingTaps {
   }
 };
 
-// One tile of dz in one plane: to[i * to_pitch + p] for kTileOutputs input channels i, whose weights are
-// [kTileOutputs][outputs][kTaps].
+// One tile of dz in one plane, at the vectors of positions `at`: of kTileOutputs input channels, whose weights are
+// [kTaps][outputs][kTileOutputs].
 template <int Vectors, typename T>
-inline void spread_back(const T* dy, int64_t channel, int64_t outputs, const ReachingTaps& taps, const T* weight, T* to,
-                        int64_t to_pitch) {
-  Vec<T> sum[kTileOutputs][Vectors] = {};
-  for (int64_t o = 0; o < outputs; ++o) {
-    for (int t = 0; t < taps.count; ++t) {
-      add_products<Vectors, kTileOutputs>(dy + o * channel + taps.offset[t], weight + o * kTaps + taps.index[t],
-                                          outputs * kTaps, sum);
+inline void add_back(const T* dy, const int64_t (&at)[Vectors], int64_t channel, int64_t outputs,
+                     const ReachingTaps& taps, const T* weight, Vec<T> (&sum)[kTileOutputs][Vectors]) {
+  for (int t = 0; t < taps.count; ++t) {
+    const T *from = dy + taps.offset[t], *factors = weight + taps.index[t] * outputs * kTileOutputs;
+    for (int64_t o = 0; o < outputs; ++o, from += channel, factors += kTileOutputs) {
+      Vec<T> positions[Vectors];
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; ++v) positions[v] = load_once<T>(from + at[v]);
+#pragma GCC unroll 8
+      for (int i = 0; i < kTileOutputs; ++i) {
+        const Vec<T> factor = in_register<T>(splat<T>(factors[i]));
+#pragma GCC unroll 8
+        for (int v = 0; v < Vectors; ++v) sum[i][v] += factor * positions[v];
+      }
     }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < kTileOutputs; ++i) {
-#pragma GCC unroll 8
-    for (int v = 0; v < Vectors; ++v) store<T>(to + i * to_pitch + v * kLanes<T>, sum[i][v]);
   }
 }
 
@@ -83,6 +85,47 @@ struct TapOperands {
   int64_t dy_image, dy_channel;
   int64_t images, span;
 };
+
+// Where several images' planes are whose products with the gradient's positions, lanes being outputs, are summed.
+template <typename T>
+struct OuterOperands {
+  const T* z;
+  int64_t z_image;
+  const T* dy;  // [span][outputs]
+  int64_t dy_image;
+  int64_t images, span;
+};
+
+// to[r * outputs + o] += sum over images and positions of dy[p][o] z[p + row[r]], outputs being Vectors vectors.
+template <int Vectors, typename T>
+inline void add_outer_taps(const OuterOperands<T>& in, const int64_t (&row)[kTileOutputs], int count, double* to) {
+  Vec<T> sum[kTileOutputs][Vectors] = {};
+  for (int64_t n = 0; n < in.images; ++n) {
+    const T *dy = in.dy + n * in.dy_image, *z[kTileOutputs];
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileOutputs; ++r) z[r] = in.z + n * in.z_image + row[r];
+    for (int64_t p = 0; p < in.span; ++p, dy += Vectors * kLanes<T>) {
+      Vec<T> gradient[Vectors];
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; ++v) gradient[v] = load_once<T>(dy + v * kLanes<T>);
+#pragma GCC unroll 8
+      for (int r = 0; r < kTileOutputs; ++r) {
+        const Vec<T> factor = in_register<T>(splat<T>(z[r][p]));
+#pragma GCC unroll 8
+        for (int v = 0; v < Vectors; ++v) sum[r][v] += factor * gradient[v];
+      }
+    }
+  }
+  T tile[kTileOutputs][Vectors * kLanes<T>];
+#pragma GCC unroll 8
+  for (int r = 0; r < kTileOutputs; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) store<T>(tile[r] + v * kLanes<T>, sum[r][v]);
+  }
+  for (int r = 0; r < count; ++r) {
+    for (int i = 0; i < Vectors * kLanes<T>; ++i) to[r * Vectors * kLanes<T> + i] += tile[r][i];
+  }
+}
 
 // to[o * to_pitch + k] += sum over images and positions of dy[o][p] z[p + tap k].
 template <int Outputs, typename T>

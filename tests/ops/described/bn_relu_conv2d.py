@@ -134,6 +134,20 @@ def _running_sample(dtype: torch.dtype, training: bool) -> tuple[tuple, dict]:
     return (running, [torch.rand(2, 5, dtype=dtype) for _ in range(2)], 7, 0.1), {}
 
 
+def _backward_add_sample(dtype: torch.dtype, training: bool) -> tuple[tuple, dict]:
+    (grad_out, *arguments), _ = _backward_sample(dtype, training)
+    return (grad_out, *arguments, torch.randn_like(arguments[0]), _corrections(arguments[0])), {}
+
+
+def _correct_sample(dtype: torch.dtype, training: bool) -> tuple[tuple, dict]:
+    x, *_, mean, _ = _arguments(dtype, training, False)[:6]
+    return (torch.randn_like(x), x, mean, _corrections(x)), {}
+
+
+def _corrections(x: Tensor) -> Tensor:
+    return torch.randn(x.shape[1], 2, dtype=torch.float64)
+
+
 DESCRIPTION = Description(
     draw=draw_case,
     call=call,
@@ -147,6 +161,8 @@ DESCRIPTION = Description(
         "bn_relu_conv2d_running": _running_sample,
         "bn_relu_conv2d_block": _block_sample,
         "bn_relu_conv2d_block_backward": _block_backward_sample,
+        "bn_relu_conv2d_backward_add": _backward_add_sample,
+        "bn_relu_conv2d_correct": _correct_sample,
     },
     # oneDNN multiplies pairs of bfloat16, so that a NaN also meets the zeros beside the taps of an odd kernel.
     spreads_in=frozenset({torch.bfloat16}),
