@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -169,9 +170,11 @@ def ninja_file(plan: Plan, target: Path, folder: Path) -> str:
         f"rule nvcc\n  command = {NVCC} $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
         f"rule link\n  command = {compiler} -shared $in $flags -o $out",
     ]
-    objects = []
-    for index, (source, rule, flags) in enumerate(plan.objects):
-        output = folder / f"{index}-{source.stem}.o"
+    objects: list[str] = []
+    times: Counter[Path] = Counter()  # that a source is compiled: another source moves no object to another name
+    for source, rule, flags in plan.objects:
+        times[source] += 1
+        output = folder / f"{source.name}-{times[source]}.o"
         objects.append(str(output))
         lines.append(f"build {output}: {rule} {source}\n  flags = {escape(flags)}")
     lines.append(f"build {target}: link {' '.join(objects)}\n  flags = {escape(plan.link)}")
