@@ -146,7 +146,7 @@ def _pools_first(modules: Sequence[Any], x: Any) -> bool:
 
 def _trains_pool(norm: Any, conv: Any, x: Tensor) -> bool:
     """Whether `bn_relu_pool` computes what `norm`, ReLU and a pool of 2x2 make of x."""
-    if not trains_on_the_cpu(x) or not _is_nchw(x) or not computes_the_operator(norm, conv) or not norm.training:
+    if not trains_on_the_cpu(x) or not computes_the_operator(norm, conv) or not norm.training:
         return False
     kinds = {norm.weight.dtype, norm.running_mean.dtype}
     return kinds == {x.dtype} and min(x.shape[2:]) > 1 and OPERATOR.runs("cpu", x)
@@ -189,7 +189,7 @@ def _run_pool(norm: Any, x: Tensor) -> Tensor:
     statistics = norm.running_mean, norm.running_var
     out = bn_relu_pool(x, norm.weight, norm.bias, *statistics, momentum=norm.momentum, eps=norm.eps)
     norm.num_batches_tracked.add_(1)
-    return out
+    return out.contiguous(memory_format=memory_format_of(x))
 
 
 def computes_the_operator(norm: Any, conv: Any) -> bool:
