@@ -7,7 +7,8 @@ cache, so that what is kept for the gradient is x alone. In a dense network x is
 that all layers share, and the statistics of a channel are the same in every layer that reads it: `statistics` takes
 those that are known.
 
-Sources: arXiv 1603.05027 (pre-activation), 1707.06990 (the normalised maps of dense networks made again).
+Sources: arXiv 1603.05027 (pre-activation), 1707.06990 (the normalised maps of dense networks made again), 1509.09308
+(the 3x3 convolution and its gradients by F(2x2, 3x3), where images lie innermost).
 """
 
 from __future__ import annotations

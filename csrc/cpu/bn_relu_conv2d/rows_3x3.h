@@ -1,5 +1,6 @@
 // The 3x3 convolution of rows (rows.h), and its backward pass, on frames: a map with a row of zeros above and below and
-// an element's images of zeros left and right, so that every tap is an offset.
+// an element's images of zeros left and right, so that every tap is an offset. For small layers, and for what
+// rows_winograd.h leaves.
 #pragma once
 
 #include "cpu/bn_relu_conv2d/rows.h"
