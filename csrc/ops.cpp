@@ -85,6 +85,7 @@ STABLE_TORCH_LIBRARY(pyext, m) {
   m.def("bn_relu_conv2d_pool_backward" BN_RELU_CONV2D_POOL_BACKWARD);
   m.def("bn_relu_conv2d_backward_add" BN_RELU_CONV2D_BACKWARD_ADD);
   m.def("bn_relu_conv2d_correct" BN_RELU_CONV2D_CORRECT);
+  m.def("convolution_stem(Tensor x, Tensor[] tensors, int stride, float eps) -> Tensor");
   m.def("dense_block(Tensor x, Tensor packed, int[] extents) -> Tensor");
   m.def("dense_block_pack(Tensor[] tensors, int[] extents, float eps) -> Tensor");
   m.def("gated_excitation(" GATED_EXCITATION_INPUTS ", bool save) -> (Tensor out, " GATED_EXCITATION_SAVED ")");

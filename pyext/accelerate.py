@@ -30,6 +30,7 @@ from pyext.nn import (
     Transition,
 )
 from pyext.nn.bn_relu_conv2d import is_cell
+from pyext.nn.stem_inference import stem_of
 
 _FUSED = (BNReLUConvSequential, DenseBlock, GatedExcitation, HybridBlock, SMG, Transition)
 _WHOLE = (SMG, Transition, DenseBlock)
@@ -163,7 +164,8 @@ class _Survey:
         layers = [self.verdict(layer) for layer in block]
         if not layers or any(layer.fused is not SMG for layer in layers):
             has_cells = any(is_cell(list(block)[i : i + 3]) for i in range(len(block)))
-            serves = has_cells or any(layer.fused is DenseBlock for layer in layers)
+            has_stem = any(stem_of(list(block)[i:]) for i in range(len(block)))
+            serves = has_cells or has_stem or any(layer.fused is DenseBlock for layer in layers)
             plain = type(block).forward is nn.Sequential.forward and _not_swappable(block) is None
             return _Verdict(BNReLUConvSequential) if serves and plain else _Verdict()
         if any(a.out_channels != b.in_channels for a, b in itertools.pairwise(layers)):

@@ -60,6 +60,24 @@ inline void store_partial(S* p, V v, int64_t n) {
     _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
     return;
   }
+#elif defined(__AVX2__)
+  // By halves: a masked store takes longer here.
+  if constexpr (std::is_same_v<S, float>) {
+    if (n >= 8) return store<S>(p, v);
+    __m128 rest = _mm256_castps256_ps128((__m256)v);
+    if (n & 4) {
+      _mm_storeu_ps(p, rest);
+      rest = _mm256_extractf128_ps((__m256)v, 1);
+      p += 4;
+    }
+    if (n & 2) {
+      _mm_storel_pi(reinterpret_cast<__m64*>(p), rest);
+      rest = _mm_movehl_ps(rest, rest);
+      p += 2;
+    }
+    if (n & 1) _mm_store_ss(p, rest);
+    return;
+  }
 #endif
   Accumulate<S> lanes[kLanes<Accumulate<S>>];
   std::memcpy(lanes, &v, sizeof(v));

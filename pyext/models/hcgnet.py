@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from pyext.models.backbone import Backbone
-from pyext.nn import HybridBlock, Transition
+from pyext.nn import BNReLUConvSequential, HybridBlock, Transition
 from pyext.nn.memory_format import to_convolution_format
 
 fx.wrap("to_convolution_format")  # one node of a trace: torch.fx cannot look into a comparison of devices
@@ -60,8 +60,7 @@ class HCGNet(Backbone):
         add_stem, block_name, transition_name, by_default = _STEMS[stem]
         self.in_channels = in_channels
         self.first_stage = f"{block_name}1"
-        self._pools_images = stem == "imagenet"
-        self.features = nn.Sequential()
+        self.features = BNReLUConvSequential() if stem == "imagenet" else nn.Sequential()
         channels = add_stem(self.features, in_channels, growth_rates[0])
         for i, (growth, layers) in enumerate(zip(growth_rates, num_layers, strict=True), 1):
             self.features.add_module(f"{block_name}{i}", HybridBlock(layers, channels, bn_size, growth))
@@ -77,8 +76,8 @@ class HCGNet(Backbone):
 
     def prepare(self, x: Tensor) -> Tensor:
         x = super().prepare(x)
-        # Without gradients blocks run whole, and they do in NCHW.
-        return to_convolution_format(x) if torch.is_grad_enabled() or self._pools_images else x
+        # Without gradients stem and blocks run whole, and they do in NCHW.
+        return to_convolution_format(x) if torch.is_grad_enabled() else x
 
     def pool(self, maps: Tensor) -> Tensor:
         return super().pool(F.relu(maps, inplace=True))
@@ -95,19 +94,8 @@ def _add_imagenet_stem(features: nn.Sequential, in_channels: int, _: int) -> int
         features.add_module(f"norm{i}", nn.BatchNorm2d(channels))
         features.add_module(f"relu{i}", nn.ReLU(inplace=True))
         in_channels = channels
-    features.add_module("pool0", _StemPool(3, stride=2, padding=1))
+    features.add_module("pool0", nn.MaxPool2d(3, stride=2, padding=1))
     return in_channels
-
-
-class _StemPool(nn.MaxPool2d):
-    """The last layer of a stem that runs in channels_last: what follows takes its maps in NCHW where blocks run whole.
-
-    On eight images of 224x224, two threads, the stem takes 18 ms so, and 35 in NCHW, where torch pools one by one.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        pooled = super().forward(x)
-        return pooled if torch.is_grad_enabled() or x.device.type != "cpu" else pooled.contiguous()
 
 
 _STEMS = {

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pyext.nn.dense_inference import forget, infer_folded, infer_transition
 from pyext.nn.hooks import has_forward_hooks
 from pyext.nn.memory_format import memory_format_of, trains_on_the_cpu
+from pyext.nn.stem_inference import infer_stem, stem_of
 from pyext.ops.bn_relu_conv2d import OPERATOR, bn_relu_conv2d, bn_relu_pool
 
 _LEAST_POSITIONS = 16
@@ -84,8 +85,9 @@ class BNReLUConv2d(nn.Module):
 class BNReLUConvSequential(nn.Sequential):
     """`torch.nn.Sequential` that trains every BatchNorm2d, ReLU, Conv2d among its modules as one operator,
     `bn_relu_conv2d`, where that computes the same and is faster. On the CPU an average pool behind a 1x1 convolution
-    comes before it (both are linear, and of each window one product is left), and at inference a BatchNorm2d becomes
-    part of the convolution before it. Names and state dictionary are nn.Sequential's.
+    comes before it (both are linear, and of each window one product is left). At inference there, a BatchNorm2d becomes
+    part of the convolution before it, and the stem of a network for large images, 3x3 convolutions with BatchNorm2d and
+    ReLU and a max-pool, is one operator, `convolution_stem`. Names and state dictionary are nn.Sequential's.
 
     Source: arXiv 1603.05027.
     """
@@ -94,7 +96,10 @@ class BNReLUConvSequential(nn.Sequential):
         modules: list[Any] = list(self._modules.values())
         i = 0
         while i < len(modules):
-            if _pools_first(modules[i : i + 4], x):
+            if (stem := stem_of(modules[i:])) and (pooled := infer_stem(stem, x)) is not None:
+                x = pooled
+                i += len(stem)
+            elif _pools_first(modules[i : i + 4], x):
                 x = self._pass_on(i, modules[i : i + 4], x)
                 i += 4
             elif is_cell(modules[i : i + 3]) and _is_nchw(x) and _runs_operator(modules[i], modules[i + 2], x):

@@ -1,6 +1,7 @@
 """The operators: each file holds one operator's contract (reference, shapes, gradient, choice of backend)."""
 
 from pyext.ops.bn_relu_conv2d import bn_relu_conv2d
+from pyext.ops.convolution_stem import convolution_stem
 from pyext.ops.dense_block import dense_block, pack_dense_block
 from pyext.ops.gated_excitation import gated_excitation
 from pyext.ops.hybrid_block import hybrid_block, pack_hybrid_block
@@ -13,6 +14,7 @@ from pyext.ops.sample_negatives import sample_negatives
 __all__ = [
     "PeerContrastTerms",
     "bn_relu_conv2d",
+    "convolution_stem",
     "dense_block",
     "gated_excitation",
     "hybrid_block",

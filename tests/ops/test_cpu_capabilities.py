@@ -16,6 +16,7 @@ OTHERS = [name for name in _library.cpu_capabilities() if name != _library.cpu_c
 
 NUMERICS = {
     "test_bn_relu_conv2d.py": "test_training or threads",
+    "test_convolution_stem.py": "test_inference",
     "test_dense_block.py": "test_inference",
     "test_hybrid_block.py": "inference",
     "test_gated_excitation.py": "inference or gradients or statistics",

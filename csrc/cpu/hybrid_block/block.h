@@ -30,16 +30,20 @@ struct BlockScratch {
   ForwardScratch<T> gates;
   T* strips;  // one of strip_size per thread
   int64_t strip_size;
+  T* tiles;  // of the 3x3 convolution, one of tiles_size per thread
+  int64_t tiles_size;
 
   void carve(Arena& arena, const BlockSizes& s, int64_t planes_size, int64_t strip_lanes, const Call<T>& call,
-             int64_t threads) {
+             int64_t threads, bool tiled, int64_t sums_elements) {
     maps = arena.take<T>((s.dense ? s.out_channels() : s.channels) * round_up<T>(s.positions()));
     squeezed = arena.take<T>(planes_size);
     u = arena.take<T>(s.growth * call.pitch);
     result = arena.take<T>(s.dense ? 0 : s.growth * call.pitch);
     gates.carve(arena, call);
-    strip_size = strip_lanes * kStripVectors * kLanes<T>;
+    strip_size = strips_size<T>(strip_lanes);
     strips = arena.take<T>(threads * strip_size);
+    tiles_size = tiled ? TileScratch<T>::elements(s.squeeze / s.groups) : sums_elements;
+    tiles = arena.take<T>(threads * tiles_size);
   }
 };
 
@@ -50,9 +54,16 @@ class Block {
 
  public:
   Block(const HybridBlock& args, const Host& host)
-      : args_(args), host_(host), s_(args.sizes), planes_(s_), pitch_(round_up<T>(s_.positions())) {
+      : args_(args),
+        host_(host),
+        s_(args.sizes),
+        tiles_(s_.height, s_.width),
+        tiled_(L::kDepth == 1 && prefers_tiles<T>(s_, tiles_)),
+        planes_(tiled_ ? tiles_.planes : Planes(s_)),
+        pitch_(round_up<T>(s_.positions())) {
     modules_ = static_cast<Module<T>*>(host.shared(host.self, s_.modules * sizeof(Module<T>)));
     for (int64_t m = 0; m < s_.modules; ++m) prepare(m);
+    if (tiled_) prepare_tiles();
   }
 
   void forward() {
@@ -89,8 +100,12 @@ class Block {
 
   void prepare(int64_t m) {
     Module<T>& module = *new (modules_ + m) Module<T>{};
-    module.cell = {norm(m, hb::kNorm1Weight, s_.inputs(m)), norm(m, hb::kNorm2Weight, s_.squeeze),
-                   weight(m, hb::kConv1Weight), weight(m, hb::kConv2Weight), s_.inputs(m)};
+    module.cell = {norm(m, hb::kNorm1Weight, s_.inputs(m)),
+                   norm(m, hb::kNorm2Weight, s_.squeeze),
+                   weight(m, hb::kConv1Weight),
+                   weight(m, hb::kConv2Weight),
+                   nullptr,
+                   s_.inputs(m)};
     GatedExcitation& gates = module.gates_args;
     gates.sizes = s_.gates();
     gates.dtype = gates.parameter_dtype = gates.running_dtype =
@@ -104,11 +119,25 @@ class Block {
     prepare_hidden_norm(*module.call, *module.gates);
   }
 
+  void prepare_tiles() {
+    const int64_t kernels = s_.growth / s_.groups * (s_.squeeze / s_.groups);
+    for (int64_t m = 0; m < s_.modules; ++m) modules_[m].cell.tiled = shared<T>(host_, kPlaces * kernels * s_.groups);
+    parallel(host_, s_.modules * s_.groups, [&](int64_t task) {
+      const Cell<T>& cell = modules_[task / s_.groups].cell;
+      const int64_t group = task % s_.groups;
+      transform_kernels(cell.conv2 + group * kernels * kTaps, kernels, cell.tiled + group * kernels * kPlaces);
+    });
+  }
+
   BlockScratch<T> carve(int64_t threads) const {
     // Tiles read on behind the last plane.
     const int64_t planes_size = s_.groups * group_lanes<L>(s_) * planes_.channel + kMostVectors * kLanes<T>;
     const int64_t strip_lanes = L::lanes(s_.inputs(s_.modules - 1));
-    auto scratch = carve_scratch<BlockScratch<T>>(host_, s_, planes_size, strip_lanes, *modules_->call, threads);
+    // A thread that has some of the rows needs no more.
+    const auto parts = ConvolutionParts::of<T>(s_, planes_, group_lanes<L>(s_), s_.out_height());
+    const int64_t sums_elements = tiled_ ? 0 : sums_size<T>(planes_, parts, s_.growth / s_.groups);
+    auto scratch = carve_scratch<BlockScratch<T>>(host_, s_, planes_size, strip_lanes, *modules_->call, threads, tiled_,
+                                                  sums_elements);
     // The planes' margins, and what vectors read behind the last position.
     std::memset(scratch.squeezed, 0, planes_size * sizeof(T));
     std::memset(scratch.u, 0, s_.growth * modules_->call->pitch * sizeof(T));
@@ -169,7 +198,7 @@ class Block {
       const Range groups = part_of(s_.groups, threads, thread);
       squeeze_strips<T, L>(s_, cell, planes_, x, {0, strip_count<T>(s_)}, groups,
                            scratch.strips + thread * scratch.strip_size, scratch.squeezed);
-      convolve_groups<T, L>(s_, cell, planes_, scratch.squeezed, groups, {0, s_.out_height()}, u);
+      convolve(cell, scratch, groups, 1, 0, thread, u);
     });
   }
 
@@ -180,10 +209,22 @@ class Block {
       squeeze_strips<T, L>(s_, cell, planes_, x, part_of(strip_count<T>(s_), threads, thread), {0, s_.groups},
                            scratch.strips + thread * scratch.strip_size, scratch.squeezed);
     });
-    parallel(host_, threads, [&](int64_t thread) {
-      convolve_groups<T, L>(s_, cell, planes_, scratch.squeezed, {0, s_.groups},
-                            part_of(s_.out_height(), threads, thread), u);
-    });
+    parallel(host_, threads,
+             [&](int64_t thread) { convolve(cell, scratch, {0, s_.groups}, threads, thread, thread, u); });
+  }
+
+  // Part `part` of `parts` of the rows of the 3x3 convolution's groups, by `thread`.
+  void convolve(const Cell<T>& cell, const BlockScratch<T>& scratch, Range groups, int64_t parts, int64_t part,
+                int64_t thread, const Image<T>& u) const {
+    if constexpr (L::kDepth == 1) {
+      if (tiled_) {
+        const TileScratch<T> own(scratch.tiles + thread * scratch.tiles_size, s_.squeeze / s_.groups);
+        return convolve_groups_by_tiles(s_, cell, tiles_, scratch.squeezed, groups, part_of(tiles_.rows, parts, part),
+                                        own, u);
+      }
+    }
+    convolve_groups<T, L>(s_, cell, planes_, scratch.squeezed, groups, part_of(s_.out_height(), parts, part), u,
+                          scratch.tiles + thread * scratch.tiles_size);
   }
 
   void apply_gates(const Image<const T>& u, const GateVectors<T>& v, const Image<T>& to) const {
@@ -197,6 +238,8 @@ class Block {
   const HybridBlock& args_;
   const Host& host_;
   const BlockSizes& s_;
+  const Tiles tiles_;
+  const bool tiled_;  // whether the 3x3 convolution is done by tiles
   const Planes planes_;
   const int64_t pitch_;
   Module<T>* modules_;

@@ -19,6 +19,9 @@ constexpr int tile_vectors(int outputs) {
 }
 constexpr int kStripVectors = tile_vectors(kTileOutputs);
 
+// Of a function whose sums are to stay in registers: inlined into a larger one, some of them are kept in memory.
+#define PYEXT_OWN_REGISTERS [[gnu::noinline]] static
+
 // Calls work(std::integral_constant<int, n>) for n in [1, Most].
 template <int Most, typename Work>
 inline void with_constant(int64_t n, Work work) {
@@ -49,12 +52,19 @@ inline void multiply(const T* x, const T* weight, int64_t inputs, Vec<T> (&sum)[
   }
 }
 
-// A tile of the 3x3 convolution of `inputs` lanes from `x` on, which is moved to the tile's first position:
-// to[o * Vectors * kLanes + p].
+// A tile of the 3x3 convolution of the lanes `own` of `inputs`, from `x` on, which is moved to the tile's first
+// position: to[o * Vectors * kLanes + p], added to what is there unless they are the first.
 template <int Vectors, int Outputs, typename T, typename L>
-inline void convolve(const Planes& planes, const T* x, const T* weight, int64_t inputs, T* to) {
+PYEXT_OWN_REGISTERS void convolve(const Planes& planes, const T* x, const T* weight, int64_t inputs, Range own, T* to) {
   Vec<T> sum[Outputs][Vectors] = {};
-  for (int64_t i = 0; i < inputs; ++i) {
+  if (own.begin > 0) {
+#pragma GCC unroll 8
+    for (int o = 0; o < Outputs; ++o) {
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; ++v) sum[o][v] = load<T>(to + (o * Vectors + v) * kLanes<T>);
+    }
+  }
+  for (int64_t i = own.begin; i < own.end; ++i) {
     for (int k = 0; k < kTaps; ++k) {
       add_products<Vectors, Outputs, T, L>(x + i * planes.channel + planes.tap[k], weight + i * kTaps + k,
                                            inputs * kTaps, sum);

@@ -11,6 +11,15 @@ namespace {
 
 using BlockSizes = hybrid_block::Sizes;
 
+struct Range {
+  int64_t begin, end;
+};
+
+// Part `part` of `parts` of [0, n).
+inline Range part_of(int64_t n, int64_t parts, int64_t part) {
+  return {split(n, parts, part), split(n, parts, part + 1)};
+}
+
 struct Planes {
   int64_t width;    // of the map
   int64_t stride;   // 1 or 2
@@ -19,17 +28,20 @@ struct Planes {
   int64_t channel;  // of all planes of a channel
   int64_t tap[kTaps];
 
-  explicit Planes(const BlockSizes& s) : width(s.width), stride(s.stride) {
+  explicit Planes(const BlockSizes& s) : Planes(s.height, s.width, s.stride) {}
+
+  Planes(int64_t height, int64_t width, int64_t stride) : width(width), stride(stride) {
     const auto extent = [&](int64_t n) { return (n + 2 + stride - 1) / stride; };
-    pitch = extent(s.width);
-    size = extent(s.height) * pitch;
+    pitch = extent(width);
+    size = extent(height) * pitch;
     channel = stride * stride * size;
     for (int k = 0; k < kTaps; ++k) tap[k] = place(k / 3, k % 3);
   }
 
   // Of the element in row y and column x of the padded map.
   int64_t place(int64_t y, int64_t x) const {
-    return (y % stride * stride + x % stride) * size + y / stride * pitch + x / stride;
+    const int64_t odd = stride - 1;  // divisions by one or two
+    return ((y & odd) * stride + (x & odd)) * size + (y >> odd) * pitch + (x >> odd);
   }
 };
 
@@ -83,15 +95,38 @@ inline void for_each_row(int64_t first, int64_t count, int64_t width, Visit visi
   }
 }
 
-// Positions [first, first + count) of one channel's map, which begin at `from`, into its planes.
+// Positions [first, first + count) of the maps of `channels`, which begin at from + c * from_pitch, into their planes.
+template <typename T>
+inline void write_planes(const Planes& planes, const T* from, int64_t from_pitch, int64_t channels, int64_t first,
+                         int64_t count, T* to) {
+  for_each_row(first, count, planes.width, [&](int64_t at, int64_t y, int64_t x, int64_t length) {
+    T *even = to + planes.place(y + 1, x + 1), *odd = to + planes.place(y + 1, x + 2);
+    for (int64_t c = 0; c < channels; ++c) {
+      const T* row = from + c * from_pitch + at;
+      if (planes.stride == 1) {
+        copy_row(row, even + c * planes.channel, length);
+      } else {
+        split_row(row, even + c * planes.channel, odd + c * planes.channel, length);
+      }
+    }
+  });
+}
+
 template <typename T>
 inline void write_planes(const Planes& planes, const T* from, int64_t first, int64_t count, T* channel) {
-  for_each_row(first, count, planes.width, [&](int64_t at, int64_t y, int64_t x, int64_t length) {
-    T* to = channel + planes.place(y + 1, x + 1);
-    if (planes.stride == 1) {
-      copy_row(from + at, to, length);
-    } else {
-      split_row(from + at, to, channel + planes.place(y + 1, x + 2), length);
+  write_planes(planes, from, 0, 1, first, count, channel);
+}
+
+// As write_planes, where the positions 2 * first, 2 * first + 2 ... of each map lie at `even` and those behind each of
+// them at `odd`, `count` of either, and the planes are of even and odd columns. Rows of the map are of even width.
+template <typename T>
+inline void write_halves(const Planes& planes, const T* even, const T* odd, int64_t from_pitch, int64_t channels,
+                         int64_t first, int64_t count, T* to) {
+  for_each_row(first, count, planes.width / 2, [&](int64_t at, int64_t y, int64_t x, int64_t length) {
+    T *left = to + planes.place(y + 1, 2 * x + 1), *right = to + planes.place(y + 1, 2 * x + 2);
+    for (int64_t c = 0; c < channels; ++c) {
+      copy_row(even + c * from_pitch + at, left + c * planes.channel, length);
+      copy_row(odd + c * from_pitch + at, right + c * planes.channel, length);
     }
   });
 }

@@ -1,0 +1,250 @@
+// The 3x3 convolution of stride one by F(2x2, 3x3) (arXiv 1509.09308): of each tile of 4x4 positions, 2x2 results by 16
+// products a pair of channels, instead of 36. The input lies in the four planes of even and odd rows and columns, as
+// for a stride of two: there the elements at one place of all tiles lie beside one another, so that lanes are tiles,
+// and the transforms are sums of whole vectors.
+#pragma once
+
+#include "cpu/hybrid_block/convolution.h"
+
+namespace pyext::cpu::PYEXT_CAPABILITY {
+namespace {
+
+constexpr int kTile = 4;  // rows and columns of a tile
+constexpr int kStep = 2;  // from one tile to the next, and rows and columns of its results
+constexpr int kPlaces = kTile * kTile;
+constexpr int kResults = kStep * kStep;
+
+// The tiles of a map. Tile (y, x) is lane y * planes.pitch + x; a lane at the end of each row is no tile.
+struct Tiles {
+  int64_t height, width;  // of the map
+  int64_t rows, columns;
+  Planes planes;
+  int64_t inner[kResults];  // of row i and column j of its results, in the planes of another map of these extents
+  Planes plain[kResults];   // taps of those results
+
+  Tiles(int64_t height, int64_t width)
+      : height(height),
+        width(width),
+        rows((height + 1) / kStep),
+        columns((width + 1) / kStep),
+        planes(height, width, kStep),
+        plain{planes, planes, planes, planes} {
+    for (int r = 0; r < kResults; ++r) {
+      inner[r] = planes.place(r / kStep + 1, r % kStep + 1);
+      for (int k = 0; k < kTaps; ++k) plain[r].tap[k] = planes.place(r / kStep + k / 3, r % kStep + k % 3);
+    }
+  }
+
+  Range lanes(Range rows) const {
+    return {rows.begin * planes.pitch, rows.begin < rows.end ? (rows.end - 1) * planes.pitch + columns : 0};
+  }
+};
+
+// B^T d B with B^T = (1 0 -1 0; 0 1 1 0; 0 -1 1 0; 0 1 0 -1), d a vector of tiles from x on, of `channels` channels:
+// to[place * pitch + c * step].
+template <typename T>
+inline void transform_inputs(const Planes& planes, const T* x, int64_t channels, T* to, int64_t step, int64_t pitch) {
+  const int64_t row[kTile] = {0, 2 * planes.size, planes.pitch, 2 * planes.size + planes.pitch};
+  const int64_t column[kTile] = {0, planes.size, 1, planes.size + 1};
+  for (int64_t c = 0; c < channels; ++c, x += planes.channel, to += step) {
+    // Row i of B^T d is the sum of rows first[i] and second[i] of d, or their difference.
+    const auto sums = [&](int first, int second, bool minus, T* to) {
+      Vec<T> t[kTile];
+#pragma GCC unroll 4
+      for (int j = 0; j < kTile; ++j) {
+        const Vec<T> a = load<T>(x + row[first] + column[j]), b = load<T>(x + row[second] + column[j]);
+        t[j] = minus ? a - b : a + b;
+      }
+      store<T>(to, t[0] - t[2]);
+      store<T>(to + pitch, t[1] + t[2]);
+      store<T>(to + 2 * pitch, t[2] - t[1]);
+      store<T>(to + 3 * pitch, t[1] - t[3]);
+    };
+    sums(0, 2, true, to);
+    sums(1, 2, false, to + kTile * pitch);
+    sums(2, 1, true, to + 2 * kTile * pitch);
+    sums(1, 3, true, to + 3 * kTile * pitch);
+  }
+}
+
+// A^T m A with A^T = (1 1 1 0; 0 1 -1 -1), m the products at all places.
+template <typename T>
+inline void transform_output(const T* m, int64_t pitch, Vec<T> (&to)[kResults]) {
+  Vec<T> rows[kStep][kTile];
+#pragma GCC unroll 4
+  for (int j = 0; j < kTile; ++j) {
+    const Vec<T> a = load<T>(m + j * pitch), b = load<T>(m + (kTile + j) * pitch),
+                 c = load<T>(m + (2 * kTile + j) * pitch), d = load<T>(m + (3 * kTile + j) * pitch);
+    rows[0][j] = a + b + c;
+    rows[1][j] = b - c - d;
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < kStep; ++i) {
+    to[i * kStep] = rows[i][0] + rows[i][1] + rows[i][2];
+    to[i * kStep + 1] = rows[i][1] - rows[i][2] - rows[i][3];
+  }
+}
+
+// G g G^T with G = (1 0 0; 1/2 1/2 1/2; 1/2 -1/2 1/2; 0 0 1) of `kernels` kernels, place by place: to[place * kernels +
+// k].
+template <typename T>
+inline void transform_kernels(const T* weight, int64_t kernels, T* to) {
+  const auto transform = [](Vec<T> a, Vec<T> b, Vec<T> c, Vec<T>(&to)[kTile]) {
+    to[0] = a;
+    to[1] = (a + c + b) / 2;
+    to[2] = (a + c - b) / 2;
+    to[3] = c;
+  };
+  for (int64_t first = 0; first < kernels; first += kLanes<T>) {
+    const int64_t count = kernels - first < kLanes<T> ? kernels - first : kLanes<T>;
+    T taps[kTaps][kLanes<T>] = {};
+    for (int64_t k = 0; k < count; ++k) {
+      for (int tap = 0; tap < kTaps; ++tap) taps[tap][k] = weight[(first + k) * kTaps + tap];
+    }
+    Vec<T> columns[3][kTile];
+    for (int j = 0; j < 3; ++j) transform(load<T>(taps[j]), load<T>(taps[3 + j]), load<T>(taps[6 + j]), columns[j]);
+    for (int i = 0; i < kTile; ++i) {
+      Vec<T> row[kTile];
+      transform(columns[0][i], columns[1][i], columns[2][i], row);
+      for (int j = 0; j < kTile; ++j) {
+        T* place = to + (i * kTile + j) * kernels + first;
+        if (count == kLanes<T>) {
+          store<T>(place, row[j]);
+        } else {
+          store_partial(place, row[j], count);
+        }
+      }
+    }
+  }
+}
+
+// A group of the convolution.
+template <typename T>
+struct TiledWeights {
+  const T* plain;        // outputs x inputs x kTaps
+  const T* transformed;  // kPlaces x outputs x inputs
+  int64_t inputs, outputs;
+
+  int64_t output_tiles() const { return (outputs + kTileOutputs - 1) / kTileOutputs; }
+  // Vectors of tiles that are worked on together: as many as its widest tile of outputs leaves room for.
+  int64_t vectors() const {
+    const int64_t widest = (outputs + output_tiles() - 1) / output_tiles();
+    int64_t vectors = 1;
+    with_constant<kTileOutputs>(widest, [&](auto n) { vectors = tile_vectors(decltype(n)::value); });
+    return vectors;
+  }
+};
+
+// A thread's memory for some vectors of tiles: `elements` from `memory` on, aligned to 64 bytes.
+template <typename T>
+struct TileScratch {
+  T* transformed;  // inputs
+  T* products;
+  T* results;  // [(output * kResults + result) * vectors]
+
+  static constexpr int64_t kTileSize = kTileOutputs * kMostVectors * kLanes<T>;
+
+  TileScratch(T* memory, int64_t most_inputs)
+      : transformed(memory),
+        products(transformed + kPlaces * pitch(most_inputs, kMostVectors)),
+        results(products + kPlaces * kTileSize) {}
+
+  static int64_t elements(int64_t most_inputs) {
+    // Rows of results are read up to two whole vectors.
+    return kPlaces * pitch(most_inputs, kMostVectors) + (kPlaces + kResults) * kTileSize + 2 * kLanes<T>;
+  }
+
+  // Not a power of two: the places of a vector would share few sets of the first-level cache.
+  static int64_t pitch(int64_t inputs, int64_t vectors) { return inputs * vectors * kLanes<T> + 64 / sizeof(T); }
+};
+
+// to[((o * kResults + result) * Vectors + v) * kLanes] for Outputs channels from `channel` on.
+template <int Vectors, int Outputs, typename T>
+PYEXT_OWN_REGISTERS void convolve_transformed(const TiledWeights<T>& weights, int64_t channel,
+                                              const TileScratch<T>& scratch) {
+  constexpr int64_t kPitch = Outputs * Vectors * kLanes<T>;
+  const int64_t pitch = TileScratch<T>::pitch(weights.inputs, Vectors);
+  for (int place = 0; place < kPlaces; ++place) {
+    Vec<T> sum[Outputs][Vectors] = {};
+    multiply<Vectors, Outputs>(scratch.transformed + place * pitch,
+                               weights.transformed + (place * weights.outputs + channel) * weights.inputs,
+                               weights.inputs, sum);
+#pragma GCC unroll 8
+    for (int o = 0; o < Outputs; ++o) {
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; ++v) {
+        store<T>(scratch.products + place * kPitch + (o * Vectors + v) * kLanes<T>, sum[o][v]);
+      }
+    }
+  }
+}
+
+// Results that are not finite, once more: of an infinite input, differences of sums know no more than that it is one.
+template <int Vectors, int Outputs, typename T>
+inline void convolve_plainly(const Tiles& tiles, const T* x, const TiledWeights<T>& weights, int64_t channel,
+                             T* results) {
+  alignas(64) T plain[Outputs * Vectors * kLanes<T>];
+  for (int r = 0; r < kResults; ++r) {
+    convolve<Vectors, Outputs, T, Numbers<T>>(tiles.plain[r], x, weights.plain + channel * weights.inputs * kTaps,
+                                              weights.inputs, {0, weights.inputs}, plain);
+    for (int o = 0; o < Outputs; ++o) {
+      for (int v = 0; v < Vectors; ++v) {
+        T* to = results + ((o * kResults + r) * Vectors + v) * kLanes<T>;
+        const Vec<T> found = load<T>(to);
+        store<T>(to, found - found == 0 ? found : load<T>(plain + (o * Vectors + v) * kLanes<T>));
+      }
+    }
+  }
+}
+
+// Outputs channels from `channel` on at tiles whose inputs, from x on, were transformed, to scratch.results.
+template <int Vectors, int Outputs, typename T>
+inline void convolve_outputs(const Tiles& tiles, const T* x, const TiledWeights<T>& weights, int64_t channel,
+                             const TileScratch<T>& scratch) {
+  convolve_transformed<Vectors, Outputs>(weights, channel, scratch);
+  Vec<T> all{};
+  for (int o = 0; o < Outputs; ++o) {
+    for (int v = 0; v < Vectors; ++v) {
+      Vec<T> results[kResults];
+      transform_output(scratch.products + (o * Vectors + v) * kLanes<T>, Outputs * Vectors * kLanes<T>, results);
+#pragma GCC unroll 4
+      for (int r = 0; r < kResults; ++r) {
+        store<T>(scratch.results + ((o * kResults + r) * Vectors + v) * kLanes<T>, results[r]);
+        all += results[r];
+      }
+    }
+  }
+  if (sum_lanes<T>(all * 0) != 0) convolve_plainly<Vectors, Outputs>(tiles, x, weights, channel, scratch.results);
+}
+
+// The convolution of the planes `x` in rows of tiles, piece by piece: put(first lane, lanes, channel, channels, results
+// of a channel, elements from one of its kResults results to the next), in scratch.results.
+template <typename T, typename Put>
+inline void convolve_tiles(const Tiles& tiles, const T* x, const TiledWeights<T>& weights, Range rows,
+                           const TileScratch<T>& scratch, Put put) {
+  const Range lanes = tiles.lanes(rows);
+  const int64_t length = weights.vectors() * kLanes<T>, output_tiles = weights.output_tiles();
+  for (int64_t first = lanes.begin; first < lanes.end; first += length) {
+    const int64_t count = lanes.end - first < length ? lanes.end - first : length;
+    with_constant<kMostVectors>((count + kLanes<T> - 1) / kLanes<T>, [&](auto vectors) {
+      constexpr int kVectors = decltype(vectors)::value;
+      for (int v = 0; v < kVectors; ++v) {
+        transform_inputs(tiles.planes, x + first + v * kLanes<T>, weights.inputs, scratch.transformed + v * kLanes<T>,
+                         kVectors * kLanes<T>, TileScratch<T>::pitch(weights.inputs, kVectors));
+      }
+      for (int64_t tile = 0; tile < output_tiles; ++tile) {
+        const Range channels = part_of(weights.outputs, output_tiles, tile);
+        with_constant<kTileOutputs>(channels.end - channels.begin, [&](auto outputs) {
+          constexpr int kOutputs = decltype(outputs)::value;
+          if constexpr (kOutputs * kVectors <= kTileRegisters) {
+            convolve_outputs<kVectors, kOutputs>(tiles, x + first, weights, channels.begin, scratch);
+          }
+        });
+        put(first, count, channels, kVectors * kLanes<T>);
+      }
+    });
+  }
+}
+
+}  // namespace
+}  // namespace pyext::cpu::PYEXT_CAPABILITY
