@@ -12,7 +12,7 @@ struct Sizes {
   int64_t width;
   int64_t out_channels;
   int64_t groups;
-  int64_t kernel;  // 1, or 3 with padding 1; the CPU has 1 without groups and stride
+  int64_t kernel;  // 1, or 3 with padding 1; the CPU has 1 without groups and stride, and 0 for a pool of 2x2
   int64_t stride;  // 1 or 2
 
   int64_t positions() const { return height * width; }

@@ -33,6 +33,8 @@ from pyext._operator import (
 )
 
 _OPS = torch.ops.pyext
+_CHANNEL_GAP = 16
+"""Elements between the channels of a dense block's maps (csrc/cpu/bn_relu_conv2d_block.cpp)."""
 
 
 def reference(
@@ -327,7 +329,7 @@ def _pool_backward(op, ctx, grad_out):
 def _new_block_map(x, channels):
     """Uninitialised maps like those of x with images innermost, as csrc/cpu/bn_relu_conv2d_block.cpp makes them."""
     n, _, height, width = x.shape
-    rows = x.new_empty((channels, height * width * n + 16))[:, :-16]
+    rows = x.new_empty((channels, height * width * n + _CHANNEL_GAP))[:, :-_CHANNEL_GAP]
     return rows.view(channels, height, width, n).permute(3, 0, 1, 2)
 
 

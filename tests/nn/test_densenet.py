@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from exactness import inexact
 from torch import nn
 
 from pyext import accelerate, backend, explain, models
@@ -39,7 +40,8 @@ def step(module, x):
     """Output, gradient of x, gradients of the parameters, buffers after one forward and backward pass."""
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
     out = module(x)
-    out.backward(torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(2)))
+    weights = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    out.backward(weights.to(out.dtype))
     return {
         "out": out.detach(),
         "x": x.grad,
@@ -69,6 +71,57 @@ def test_a_block_trains_as_its_layers(bn_size):
     expected = plain_step(module, x)
     assert is_whole(module(x.clone().requires_grad_()))
     assert_alike(step(block(bn_size), x), expected)
+
+
+@pytest.mark.parametrize("bn_size", BOTTLENECKS)
+def test_a_block_is_as_exact_as_plain_torch(bn_size):
+    """Gradients of all layers in one buffer, what batch statistics take from them taken at the end; more positions than
+    are summed at once."""
+    module, x = block(bn_size, (5, 21, 8)).float(), image(16, 21).float()
+
+    def floats(results):
+        return {name: value for name, value in results.items() if value.is_floating_point()}
+
+    def evaluations():
+        generator = torch.Generator().manual_seed(0)
+        near = x
+        for _ in range(8):
+            exact = floats(plain_step(copy.deepcopy(module).double(), near.double()))
+            yield list(floats(plain_step(module, near)).values()), list(exact.values())
+            near = x * (1 + 0.01 * torch.randn(x.shape, generator=generator))
+
+    assert is_whole(copy.deepcopy(module)(x))
+    lines = inexact(floats(step(copy.deepcopy(module), x)), evaluations(), {})
+    assert not lines, lines
+
+
+WRONG_BLOCKS = {
+    "two images": lambda a: (a[0][:1], *a[1:]),
+    "three parameters for each": lambda a: (a[0], a[1][:-1], *a[2:]),
+    r"parameters\[3\] does not fit": lambda a: (a[0], [*a[1][:3], a[1][3][:-1], *a[1][4:]], *a[2:]),
+    "one or two cells": lambda a: (*a[:2], [3], a[3]),
+    "the layers have 2": lambda a: (*a[:2], [2], a[3]),
+}
+
+
+@pytest.mark.parametrize("message", WRONG_BLOCKS)
+def test_the_block_s_operators_refuse_what_they_cannot_read(message):
+    cells = [cell for layer in block(size=(2, 12, 8)).layer_cells() for cell in layer]
+    parameters = [p.detach() for norm, conv in cells for p in (norm.weight, norm.bias, conv.weight)]
+    arguments = image(), parameters, [2, 2], [1e-5] * 4
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.pyext.bn_relu_conv2d_block(*WRONG_BLOCKS[message](arguments))
+    buffer, moments, kept = torch.ops.pyext.bn_relu_conv2d_block(*arguments)
+    backward = torch.ops.pyext.bn_relu_conv2d_block_backward
+    with pytest.raises(RuntimeError, match="buffer is not one that the block's forward pass gives"):
+        backward(buffer, buffer.contiguous(), moments, kept, *arguments[1:])
+    with pytest.raises(RuntimeError, match="a kept map is not one"):
+        backward(buffer, buffer, moments, [kept[0][:, 1:], *kept[1:]], *arguments[1:])
+    with pytest.raises(RuntimeError, match="two for each bottleneck"):
+        backward(buffer, buffer, moments, kept[1:], *arguments[1:])
+    running = [torch.zeros(13, dtype=torch.float64)] * 2
+    with pytest.raises(RuntimeError, match=r"running\[0\] does not fit"):
+        torch.ops.pyext.bn_relu_conv2d_running(running, [moments[:, :12]], 8, 0.1)
 
 
 def test_torchvision_s_block_is_swapped_and_computes_the_same():
