@@ -24,6 +24,7 @@ LAYERS = {
     "strided and grouped": Layer(2, 6, 8, 7, 4, 3, 2, 2),
     "a2, third block, grouped": Layer(9, 128, 8, 8, 32, 3, 1, 2),
     "more inputs than stay in cache": Layer(2, 83, 16, 48, 19, 3),
+    "strided, more inputs than stay in cache": Layer(2, 83, 32, 32, 7, 3, 2),
     "one position": Layer(3, 5, 1, 1, 3, 3, 2),
     "one row": Layer(2, 4, 1, 75, 3, 3),
     "one column": Layer(2, 4, 70, 1, 3, 3, 2),

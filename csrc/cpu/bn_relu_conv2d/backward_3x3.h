@@ -9,8 +9,7 @@
 namespace pyext::cpu::PYEXT_CAPABILITY {
 namespace {
 
-constexpr int64_t kSpatialVectors = 48;        // of positions that one sum of dW should see
-constexpr int64_t kSpatialBytes = 192 * 1024;  // what the planes of the channels in work may take
+constexpr int64_t kSpatialVectors = 48;  // of positions that one sum of dW should see
 
 // How the work is divided.
 struct SpatialBlocks {
@@ -21,11 +20,10 @@ struct SpatialBlocks {
   template <typename T>
   static SpatialBlocks of(const ConvolutionSizes& s, const Planes& planes, const GradientPlanes& gradient) {
     const int64_t vectors = (gradient.span + kLanes<T> - 1) / kLanes<T>, outputs = s.group_outputs();
-    const int64_t inputs = round_up_to_tiles(s.group_inputs());
+    const int64_t inputs = channels_in_cache<T>(planes, s.group_inputs());
     const bool outer = round_up<T>(outputs) > kLanes<T> && 4 * outputs >= 3 * round_up<T>(outputs);
-    const int64_t most = kSpatialBytes / (planes.channel * static_cast<int64_t>(sizeof(T)));
-    const int64_t images = std::max<int64_t>(1, std::min(kSpatialVectors / vectors, most / inputs));
-    return {images, std::min(inputs, std::max<int64_t>(1, most / kTileOutputs) * kTileOutputs), outer};
+    const int64_t bytes = inputs * planes.channel * sizeof(T);
+    return {std::max<int64_t>(1, std::min(kSpatialVectors / vectors, kPlaneBytes / bytes)), inputs, outer};
   }
 };
 
@@ -188,7 +186,8 @@ class SpatialBackward {
 
   // dz of a tile of input channels, straight through ReLU and BN: a row of the map is whole vectors.
   void spread_in_rows(const T* dy, const T* weight, const TileOfInputs& tile) const {
-    const ReachingTaps taps(0, 0, 1, gradient_.pitch);
+    const int64_t weight_pitch = s_.group_outputs() * kTileOutputs;
+    const TapOffsets taps = reaching_taps(0, 0, 1, gradient_.pitch);
     NormSums<T> sums[kTileOutputs];
     for (int64_t first = 0; first < s_.positions(); first += kVectors * kL) {
       with_constant<kVectors>(std::min<int64_t>((s_.positions() - first) / kL, kVectors), [&](auto vectors) {
@@ -199,7 +198,7 @@ class SpatialBackward {
           at[v] = (p / s_.width + 1) * gradient_.pitch + p % s_.width + 1;
         }
         Vec<T> d[kTileOutputs][kCount] = {};
-        add_back<kCount>(dy, at, gradient_.channel, s_.group_outputs(), taps, weight, d);
+        add_taps<kCount>(dy, gradient_.channel, s_.group_outputs(), at, taps, weight, weight_pitch, d);
         alignas(64) T made[kTileOutputs][kCount * kL];
         store_tile(d, made[0], kCount * kL);
         for (int64_t r = 0; r < tile.count; ++r) put<kCount>(tile, r, first, made[r], sums[r]);
@@ -231,9 +230,10 @@ class SpatialBackward {
 
   // dz of a tile of input channels in all their planes.
   void spread_planes(const T* dy, const T* weight, T* to) const {
+    const int64_t weight_pitch = s_.group_outputs() * kTileOutputs;
     for (int64_t plane = 0; plane < s_.stride * s_.stride; ++plane) {
       const int64_t row_parity = plane / s_.stride, column_parity = plane % s_.stride;
-      const ReachingTaps taps(row_parity, column_parity, s_.stride, gradient_.pitch);
+      const TapOffsets taps = reaching_taps(row_parity, column_parity, s_.stride, gradient_.pitch);
       // Rows y of the plane are rows y * stride + parity of the padded map, of which 1 to height are the map's.
       const int64_t begin = row_parity == 0 ? planes_.pitch : 0;
       const int64_t end = ((s_.height - row_parity) / s_.stride + 1) * planes_.pitch;
@@ -244,7 +244,7 @@ class SpatialBackward {
           int64_t at[kCount];
           for (int v = 0; v < kCount; ++v) at[v] = first + v * kL;
           Vec<T> d[kTileOutputs][kCount] = {};
-          add_back<kCount>(dy, at, gradient_.channel, s_.group_outputs(), taps, weight, d);
+          add_taps<kCount>(dy, gradient_.channel, s_.group_outputs(), at, taps, weight, weight_pitch, d);
           store_tile(d, to + plane * planes_.size + first, back_pitch());
         });
       }

@@ -79,6 +79,62 @@ inline void prefetch(const T* strip) {
   }
 }
 
+// A tile out of its registers: instead of, or added to, what is there. What is done with it later may have conditions,
+// which would keep the compiler from holding the accumulators in registers.
+template <int Vectors, int Rows, typename T>
+inline void store_tile(const Vec<T> (&tile)[Rows][Vectors], T* to, int64_t pitch, bool adds = false) {
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) {
+      T* at = to + r * pitch + v * kLanes<T>;
+      store<T>(at, adds ? load<T>(at) + tile[r][v] : tile[r][v]);
+    }
+  }
+}
+
+// Taps of a 3x3 convolution, and where they lie from a position in padded planes.
+struct TapOffsets {
+  int count = 0;
+  int index[kTaps];
+  int64_t offset[kTaps];
+
+  void add(int tap, int64_t from_position) {
+    index[count] = tap;
+    offset[count++] = from_position;
+  }
+};
+
+// sum[r][v] += products of `depth` channels' planes, at the vectors of positions `at`, with the weights
+// [kTaps][weight_pitch / Rows channels][Rows] of the taps.
+template <int Vectors, int Rows, typename T>
+inline void add_taps(const T* planes, int64_t channel, int64_t depth, const int64_t (&at)[Vectors],
+                     const TapOffsets& taps, const T* weight, int64_t weight_pitch, Vec<T> (&sum)[Rows][Vectors]) {
+  for (int t = 0; t < taps.count; ++t) {
+    const T *from = planes + taps.offset[t], *factors = weight + taps.index[t] * weight_pitch;
+    for (int64_t i = 0; i < depth; ++i, from += channel, factors += Rows) {
+      Vec<T> positions[Vectors];
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; ++v) positions[v] = load_once<T>(from + at[v]);
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) {
+        const Vec<T> factor = in_register<T>(splat<T>(factors[r]));
+#pragma GCC unroll 8
+        for (int v = 0; v < Vectors; ++v) sum[r][v] += factor * positions[v];
+      }
+    }
+  }
+}
+
+constexpr int64_t kPlaneBytes = 192 * 1024;  // what the planes of the channels in work may take, with room for others
+
+// How many channels' planes stay in cache, of `channels`: in whole tiles.
+template <typename T>
+inline int64_t channels_in_cache(const Planes& planes, int64_t channels) {
+  const int64_t most = kPlaneBytes / (planes.channel * static_cast<int64_t>(sizeof(T)));
+  return std::min(round_up_to_tiles(channels), std::max<int64_t>(1, most / kTileOutputs) * kTileOutputs);
+}
+
 // The map from channel `first` on.
 template <typename S>
 inline Map channels_from(Map map, int64_t first) {

@@ -31,17 +31,6 @@ struct OuterTiles {
   }
 };
 
-// A tile out of its registers. What is done with it later may have conditions, which would keep the compiler from
-// holding the accumulators in registers.
-template <int Vectors, int Rows, typename T>
-inline void store_tile(const Vec<T> (&tile)[Rows][Vectors], T* to, int64_t pitch) {
-#pragma GCC unroll 8
-  for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < Vectors; ++v) store<T>(to + r * pitch + v * kLanes<T>, tile[r][v]);
-  }
-}
-
 // sum dz and sum dz (x - mean) of one channel.
 template <typename T>
 struct NormSums {

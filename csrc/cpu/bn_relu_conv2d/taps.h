@@ -23,40 +23,14 @@ struct GradientPlanes {
 };
 
 // The taps that reach one plane of the input, as offsets into the planes of the gradient.
-struct ReachingTaps {
-  int count = 0;
-  int index[kTaps];
-  int64_t offset[kTaps];
-
-  ReachingTaps(int64_t row_parity, int64_t column_parity, int64_t stride, int64_t pitch) {
-    for (int k = 0; k < kTaps; ++k) {
-      const int64_t y = k / 3, x = k % 3;
-      if (y % stride != row_parity || x % stride != column_parity) continue;
-      index[count] = k;
-      offset[count++] = -(y / stride * pitch + x / stride);
-    }
+inline TapOffsets reaching_taps(int64_t row_parity, int64_t column_parity, int64_t stride, int64_t pitch) {
+  TapOffsets taps;
+  for (int k = 0; k < kTaps; ++k) {
+    const int64_t y = k / 3, x = k % 3;
+    if (y % stride != row_parity || x % stride != column_parity) continue;
+    taps.add(k, -(y / stride * pitch + x / stride));
   }
-};
-
-// One tile of dz in one plane, at the vectors of positions `at`: of kTileOutputs input channels, whose weights are
-// [kTaps][outputs][kTileOutputs].
-template <int Vectors, typename T>
-inline void add_back(const T* dy, const int64_t (&at)[Vectors], int64_t channel, int64_t outputs,
-                     const ReachingTaps& taps, const T* weight, Vec<T> (&sum)[kTileOutputs][Vectors]) {
-  for (int t = 0; t < taps.count; ++t) {
-    const T *from = dy + taps.offset[t], *factors = weight + taps.index[t] * outputs * kTileOutputs;
-    for (int64_t o = 0; o < outputs; ++o, from += channel, factors += kTileOutputs) {
-      Vec<T> positions[Vectors];
-#pragma GCC unroll 8
-      for (int v = 0; v < Vectors; ++v) positions[v] = load_once<T>(from + at[v]);
-#pragma GCC unroll 8
-      for (int i = 0; i < kTileOutputs; ++i) {
-        const Vec<T> factor = in_register<T>(splat<T>(factors[i]));
-#pragma GCC unroll 8
-        for (int v = 0; v < Vectors; ++v) sum[i][v] += factor * positions[v];
-      }
-    }
-  }
+  return taps;
 }
 
 constexpr int kTapOutputs = 3;                               // output channels of a tile of dW
