@@ -53,16 +53,6 @@ struct DensePart {
   Range rows, panels;
 };
 
-// [0, n) in parts of at most `most` that begin at multiples of `unit`: visit(first, count).
-template <typename Visit>
-inline void in_parts(int64_t n, int64_t most, int64_t unit, Visit visit) {
-  const int64_t units = (n + unit - 1) / unit, parts = (n + most - 1) / most;
-  for (int64_t part = 0; part < parts; ++part) {
-    const Range own = part_of(units, parts, part);
-    visit(own.begin * unit, std::min(own.end * unit, n) - own.begin * unit);
-  }
-}
-
 template <typename S>
 class DenseForward {
   using T = Accumulate<S>;
@@ -225,7 +215,8 @@ class DenseForward {
         const T* from = group.padded + Tile(padded_, first + t).input + k;
         T* to = scratch.transformed + t * kMostTaken;
         for (int64_t c = 0; c < depth; c += kLanes<T>) {
-          transform_input(from + c, padded_.row, padded_.pitch, to + c, Scratch::transformed_place());
+          transform_input<T>([&](int i, int j) { return load<T>(from + i * padded_.row + j * padded_.pitch + c); },
+                             to + c, Scratch::transformed_place());
         }
       }
       for (int place = 0; place < kPlaces; ++place) {

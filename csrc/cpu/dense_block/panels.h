@@ -1,59 +1,17 @@
-// Matrices as products read them, and a layer's constants in the order in which a call meets them.
+// A layer's constants in the order in which a call meets them.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 
 #include "cpu/dense_block.h"
-#include "cpu/hybrid_block/squeeze.h"
-#include "cpu/product.h"
+#include "cpu/panels.h"
+#include "cpu/winograd.h"
 
 namespace pyext::cpu::PYEXT_CAPABILITY {
 namespace {
 
 using DenseSizes = dense_block::Sizes;
-
-constexpr int kPanelVectors = 2;
-constexpr int kProductRows = kTileRegisters / kPanelVectors;
-constexpr int kPlaces = 16;  // of a tile of 4x4
-
-// (depth, columns) in panels of kPanelVectors vectors of columns, the last one perhaps of fewer: panel by panel, each
-// (depth, its columns).
-template <typename T>
-struct Panels {
-  static constexpr int64_t kColumns = kPanelVectors * kLanes<T>;
-  T* data;
-  int64_t depth;
-  int64_t columns;  // whole vectors
-
-  static int64_t numel(int64_t depth, int64_t columns) { return depth * round_up<T>(columns); }
-  int64_t count() const { return (columns + kColumns - 1) / kColumns; }
-  T at(int64_t k, int64_t column) const {
-    const int64_t first = column / kColumns * kColumns, width = std::min(kColumns, columns - first);
-    return data[first * depth + k * width + column - first];
-  }
-};
-
-// out (rows x columns) = or += left (rows x depth) * the rows [first, first + depth) of the panels `own`.
-template <typename T>
-inline void multiply_panels(Left<T> left, const Panels<T>& right, Range own, int64_t first, int64_t depth, T* out,
-                            int64_t out_pitch, int64_t rows, Result result) {
-  const int64_t tiles = (rows + kProductRows - 1) / kProductRows;
-  for (int64_t p = own.begin; p < own.end; ++p) {
-    const int64_t column = p * Panels<T>::kColumns, width = std::min(Panels<T>::kColumns, right.columns - column);
-    const T* panel = right.data + column * right.depth + first * width;
-    with_constant<kPanelVectors>(width / kLanes<T>, [&](auto vectors) {
-      for (int64_t t = 0; t < tiles; ++t) {
-        const Range own_rows = part_of(rows, tiles, t);
-        with_constant<kProductRows>(own_rows.end - own_rows.begin, [&](auto count) {
-          product_tile<T, decltype(count)::value, decltype(vectors)::value>(
-              {left.data + own_rows.begin * left.row_stride, left.row_stride, left.depth_stride}, panel, width,
-              out + own_rows.begin * out_pitch + column, out_pitch, depth, result);
-        });
-      }
-    });
-  }
-}
 
 // BN in evaluation as (x - mean) * scale + bias; zeros up to whole vectors.
 template <typename T>
@@ -153,26 +111,6 @@ void pack_norm(const Normalised<T>& norm, int64_t channels, const void* const* t
   }
 }
 
-// G g G^T of a kernel g of 3x3 (arXiv 1509.09308): with G = (1 0 0; 1/2 1/2 1/2; 1/2 -1/2 1/2; 0 0 1).
-template <typename T>
-void transform_kernel(const T* g, T (&to)[kPlaces]) {
-  T rows[4][3];
-  for (int j = 0; j < 3; ++j) {
-    const T a = g[j], b = g[3 + j], c = g[6 + j];
-    rows[0][j] = a;
-    rows[1][j] = (a + c + b) / 2;
-    rows[2][j] = (a + c - b) / 2;
-    rows[3][j] = c;
-  }
-  for (int i = 0; i < 4; ++i) {
-    const T a = rows[i][0], b = rows[i][1], c = rows[i][2];
-    to[4 * i] = a;
-    to[4 * i + 1] = (a + c + b) / 2;
-    to[4 * i + 2] = (a + c - b) / 2;
-    to[4 * i + 3] = c;
-  }
-}
-
 // Of a 1x1 convolution.
 template <typename T>
 void pack_weight(const Panels<T>& panels, int64_t outputs, const void* tensor) {
@@ -193,8 +131,9 @@ void pack_layer(const DenseSizes& s, const DenseLayer<T>& layer, const void* con
   const T* weight = static_cast<const T*>(own[kConv2Weight]);
   for (int place = 0; place < kPlaces; ++place) {
     pack_panels(layer.kernels(place), s.growth, [&](int64_t k, int64_t column) {
-      T transformed[kPlaces];
-      transform_kernel(weight + (column * taken + k) * kTaps, transformed);
+      T kernel[kTaps], transformed[kPlaces];
+      std::copy_n(weight + (column * taken + k) * kTaps, kTaps, kernel);
+      transform_kernel(kernel, transformed);
       return transformed[place];
     });
   }

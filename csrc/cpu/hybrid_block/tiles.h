@@ -5,13 +5,11 @@
 #pragma once
 
 #include "cpu/hybrid_block/convolution.h"
+#include "cpu/winograd.h"
 
 namespace pyext::cpu::PYEXT_CAPABILITY {
 namespace {
 
-constexpr int kTile = 4;  // rows and columns of a tile
-constexpr int kStep = 2;  // from one tile to the next, and rows and columns of its results
-constexpr int kPlaces = kTile * kTile;
 constexpr int kResults = kStep * kStep;
 
 // The tiles of a map. Tile (y, x) is lane y * planes.pitch + x; a lane at the end of each row is no tile.
@@ -40,79 +38,34 @@ struct Tiles {
   }
 };
 
-// B^T d B with B^T = (1 0 -1 0; 0 1 1 0; 0 -1 1 0; 0 1 0 -1), d a vector of tiles from x on, of `channels` channels:
-// to[place * pitch + c * step].
+// B^T d B, d a vector of tiles from x on, of `channels` channels: to[place * pitch + c * step].
 template <typename T>
 inline void transform_inputs(const Planes& planes, const T* x, int64_t channels, T* to, int64_t step, int64_t pitch) {
   const int64_t row[kTile] = {0, 2 * planes.size, planes.pitch, 2 * planes.size + planes.pitch};
   const int64_t column[kTile] = {0, planes.size, 1, planes.size + 1};
   for (int64_t c = 0; c < channels; ++c, x += planes.channel, to += step) {
-    // Row i of B^T d is the sum of rows first[i] and second[i] of d, or their difference.
-    const auto sums = [&](int first, int second, bool minus, T* to) {
-      Vec<T> t[kTile];
-#pragma GCC unroll 4
-      for (int j = 0; j < kTile; ++j) {
-        const Vec<T> a = load<T>(x + row[first] + column[j]), b = load<T>(x + row[second] + column[j]);
-        t[j] = minus ? a - b : a + b;
-      }
-      store<T>(to, t[0] - t[2]);
-      store<T>(to + pitch, t[1] + t[2]);
-      store<T>(to + 2 * pitch, t[2] - t[1]);
-      store<T>(to + 3 * pitch, t[1] - t[3]);
-    };
-    sums(0, 2, true, to);
-    sums(1, 2, false, to + kTile * pitch);
-    sums(2, 1, true, to + 2 * kTile * pitch);
-    sums(1, 3, true, to + 3 * kTile * pitch);
+    transform_input<T>([&](int i, int j) { return load<T>(x + row[i] + column[j]); }, to, pitch);
   }
 }
 
-// A^T m A with A^T = (1 1 1 0; 0 1 -1 -1), m the products at all places.
-template <typename T>
-inline void transform_output(const T* m, int64_t pitch, Vec<T> (&to)[kResults]) {
-  Vec<T> rows[kStep][kTile];
-#pragma GCC unroll 4
-  for (int j = 0; j < kTile; ++j) {
-    const Vec<T> a = load<T>(m + j * pitch), b = load<T>(m + (kTile + j) * pitch),
-                 c = load<T>(m + (2 * kTile + j) * pitch), d = load<T>(m + (3 * kTile + j) * pitch);
-    rows[0][j] = a + b + c;
-    rows[1][j] = b - c - d;
-  }
-#pragma GCC unroll 2
-  for (int i = 0; i < kStep; ++i) {
-    to[i * kStep] = rows[i][0] + rows[i][1] + rows[i][2];
-    to[i * kStep + 1] = rows[i][1] - rows[i][2] - rows[i][3];
-  }
-}
-
-// G g G^T with G = (1 0 0; 1/2 1/2 1/2; 1/2 -1/2 1/2; 0 0 1) of `kernels` kernels, place by place: to[place * kernels +
-// k].
+// G g G^T of `kernels` kernels, place by place: to[place * kernels + k].
 template <typename T>
 inline void transform_kernels(const T* weight, int64_t kernels, T* to) {
-  const auto transform = [](Vec<T> a, Vec<T> b, Vec<T> c, Vec<T>(&to)[kTile]) {
-    to[0] = a;
-    to[1] = (a + c + b) / 2;
-    to[2] = (a + c - b) / 2;
-    to[3] = c;
-  };
   for (int64_t first = 0; first < kernels; first += kLanes<T>) {
     const int64_t count = kernels - first < kLanes<T> ? kernels - first : kLanes<T>;
     T taps[kTaps][kLanes<T>] = {};
     for (int64_t k = 0; k < count; ++k) {
       for (int tap = 0; tap < kTaps; ++tap) taps[tap][k] = weight[(first + k) * kTaps + tap];
     }
-    Vec<T> columns[3][kTile];
-    for (int j = 0; j < 3; ++j) transform(load<T>(taps[j]), load<T>(taps[3 + j]), load<T>(taps[6 + j]), columns[j]);
-    for (int i = 0; i < kTile; ++i) {
-      Vec<T> row[kTile];
-      transform(columns[0][i], columns[1][i], columns[2][i], row);
-      for (int j = 0; j < kTile; ++j) {
-        T* place = to + (i * kTile + j) * kernels + first;
-        if (count == kLanes<T>) {
-          store<T>(place, row[j]);
-        } else {
-          store_partial(place, row[j], count);
-        }
+    Vec<T> plain[kTaps], transformed[kPlaces];
+    for (int tap = 0; tap < kTaps; ++tap) plain[tap] = load<T>(taps[tap]);
+    transform_kernel(plain, transformed);
+    for (int place = 0; place < kPlaces; ++place) {
+      T* row = to + place * kernels + first;
+      if (count == kLanes<T>) {
+        store<T>(row, transformed[place]);
+      } else {
+        store_partial(row, transformed[place], count);
       }
     }
   }
@@ -205,12 +158,12 @@ inline void convolve_outputs(const Tiles& tiles, const T* x, const TiledWeights<
   Vec<T> all{};
   for (int o = 0; o < Outputs; ++o) {
     for (int v = 0; v < Vectors; ++v) {
-      Vec<T> results[kResults];
+      Vec<T> results[kStep][kStep];
       transform_output(scratch.products + (o * Vectors + v) * kLanes<T>, Outputs * Vectors * kLanes<T>, results);
 #pragma GCC unroll 4
       for (int r = 0; r < kResults; ++r) {
-        store<T>(scratch.results + ((o * kResults + r) * Vectors + v) * kLanes<T>, results[r]);
-        all += results[r];
+        store<T>(scratch.results + ((o * kResults + r) * Vectors + v) * kLanes<T>, results[r / kStep][r % kStep]);
+        all += results[r / kStep][r % kStep];
       }
     }
   }
