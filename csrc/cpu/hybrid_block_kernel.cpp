@@ -3,7 +3,7 @@
 // An image goes through the whole block while it is in the second-level cache. The squeeze cell's convolutions keep
 // tiles of channels x positions in registers; what lies between them is written to padded planes, in which a tap of the
 // 3x3 convolution is an offset, so that positions are whole vectors without any mask. Where groups are wide enough,
-// that convolution is done by tiles of F(2x2, 3x3) (winograd.h). With packed weights, planes and weights hold pairs of
+// that convolution is done by tiles of F(2x2, 3x3) (tiles.h). With packed weights, planes and weights hold pairs of
 // channels in bfloat16, which is the depth of avx512_bf16's dot product.
 #include "cpu/hybrid_block/block.h"
 

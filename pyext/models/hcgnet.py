@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from pyext.models.backbone import Backbone
-from pyext.nn import BNReLUConvSequential, HybridBlock, Transition
+from pyext.nn import HybridBlock, Transition
 from pyext.nn.memory_format import to_convolution_format
+from pyext.nn.stem_inference import StemSequential
 
 fx.wrap("to_convolution_format")  # one node of a trace: torch.fx cannot look into a comparison of devices
 
@@ -60,7 +61,7 @@ class HCGNet(Backbone):
         add_stem, block_name, transition_name, by_default = _STEMS[stem]
         self.in_channels = in_channels
         self.first_stage = f"{block_name}1"
-        self.features = BNReLUConvSequential() if stem == "imagenet" else nn.Sequential()
+        self.features = StemSequential()
         channels = add_stem(self.features, in_channels, growth_rates[0])
         for i, (growth, layers) in enumerate(zip(growth_rates, num_layers, strict=True), 1):
             self.features.add_module(f"{block_name}{i}", HybridBlock(layers, channels, bn_size, growth))

@@ -1,4 +1,4 @@
-"""When the first modules of a network for large images run as the operator `convolution_stem`."""
+"""The first modules of a network for large images, and when they run as the operator `convolution_stem`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,23 @@ from pyext.nn.hooks import has_forward_hooks
 from pyext.ops.convolution_stem import OPERATOR, convolution_stem
 
 _LAYER = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU)
+
+
+class StemSequential(nn.Sequential):
+    """`torch.nn.Sequential` whose first modules, where they are a stem, run at inference on the CPU as one operator,
+    `convolution_stem`. Names and state dictionary are nn.Sequential's.
+
+    Source: HCGNet, arXiv 1908.09699, section 4.
+    """
+
+    def forward(self, x: Any) -> Any:
+        modules = list(self._modules.values())
+        stem = stem_of(modules)
+        if stem and (pooled := infer_stem(stem, x)) is not None:
+            x, modules = pooled, modules[len(stem) :]
+        for module in modules:
+            x = module(x)
+        return x
 
 
 def stem_of(modules: Sequence[Any]) -> Sequence[Any]:

@@ -1,7 +1,7 @@
 // The squeeze cell of one module on one image: BN, ReLU, 1x1 convolution, BN, ReLU, 3x3 convolution.
 #pragma once
 
-#include "cpu/hybrid_block/winograd.h"
+#include "cpu/hybrid_block/tiles.h"
 
 namespace pyext::cpu::PYEXT_CAPABILITY {
 namespace {

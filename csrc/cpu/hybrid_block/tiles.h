@@ -38,7 +38,7 @@ struct Tiles {
   }
 };
 
-// The transforms of a vector of tiles from x on, of `channels` channels: to[place * pitch + c * step].
+// B^T d B, d a vector of tiles from x on, of `channels` channels: to[place * pitch + c * step].
 template <typename T>
 inline void transform_inputs(const Planes& planes, const T* x, int64_t channels, T* to, int64_t step, int64_t pitch) {
   const int64_t row[kTile] = {0, 2 * planes.size, planes.pitch, 2 * planes.size + planes.pitch};
@@ -48,22 +48,24 @@ inline void transform_inputs(const Planes& planes, const T* x, int64_t channels,
   }
 }
 
-// The transforms of `kernels` kernels, place by place: to[place * kernels + k].
+// G g G^T of `kernels` kernels, place by place: to[place * kernels + k].
 template <typename T>
 inline void transform_kernels(const T* weight, int64_t kernels, T* to) {
   for (int64_t first = 0; first < kernels; first += kLanes<T>) {
     const int64_t count = kernels - first < kLanes<T> ? kernels - first : kLanes<T>;
-    Vec<T> taps[kTaps] = {}, transformed[kPlaces];
+    T taps[kTaps][kLanes<T>] = {};
     for (int64_t k = 0; k < count; ++k) {
       for (int tap = 0; tap < kTaps; ++tap) taps[tap][k] = weight[(first + k) * kTaps + tap];
     }
-    transform_kernel(taps, transformed);
+    Vec<T> plain[kTaps], transformed[kPlaces];
+    for (int tap = 0; tap < kTaps; ++tap) plain[tap] = load<T>(taps[tap]);
+    transform_kernel(plain, transformed);
     for (int place = 0; place < kPlaces; ++place) {
-      T* at = to + place * kernels + first;
+      T* row = to + place * kernels + first;
       if (count == kLanes<T>) {
-        store<T>(at, transformed[place]);
+        store<T>(row, transformed[place]);
       } else {
-        store_partial(at, transformed[place], count);
+        store_partial(row, transformed[place], count);
       }
     }
   }
@@ -160,9 +162,8 @@ inline void convolve_outputs(const Tiles& tiles, const T* x, const TiledWeights<
       transform_output(scratch.products + (o * Vectors + v) * kLanes<T>, Outputs * Vectors * kLanes<T>, results);
 #pragma GCC unroll 4
       for (int r = 0; r < kResults; ++r) {
-        const Vec<T> result = results[r / kStep][r % kStep];
-        store<T>(scratch.results + ((o * kResults + r) * Vectors + v) * kLanes<T>, result);
-        all += result;
+        store<T>(scratch.results + ((o * kResults + r) * Vectors + v) * kLanes<T>, results[r / kStep][r % kStep]);
+        all += results[r / kStep][r % kStep];
       }
     }
   }
