@@ -62,10 +62,10 @@ class GradientMap {
 
  public:
   GradientMap(const BNReLUConv2d& args, const Convolution<T>& call)
-      : map_(args.grad_x), batch_(call.s.batch), extent_(call.in_extent()), adds_(args.add) {
+      : map_(args.grad_x), extent_(call.in_extent()), adds_(args.add) {
     direct_ = is_image<S>(map_, extent_);
     pitch_ = round_up<T>(extent_.positions());
-    if (!direct_) memory_ = shared<T>(call.host, batch_ * extent_.channels * pitch_);
+    if (!direct_) memory_ = shared<T>(call.host, call.s.batch * extent_.channels * pitch_);
   }
 
   Image<T> image(int64_t n) const {
@@ -75,10 +75,10 @@ class GradientMap {
     return {memory_ + n * extent_.channels * pitch_, pitch_};
   }
 
-  // Image n, with what is added to.
+  // Image n, with what is added to. Nothing is read past it, where other threads may write.
   Image<T> begin(int64_t n) const {
     const Image<T> to = image(n);
-    if (adds_ && !direct_) load_image<S>(map_, n, batch_, extent_, to.data);
+    if (adds_ && !direct_) load_image<S>(map_, n, n + 1, extent_, to.data);
     return to;
   }
 
@@ -94,7 +94,6 @@ class GradientMap {
 
  private:
   const Map& map_;
-  int64_t batch_;
   Extent extent_;
   int64_t pitch_;
   bool direct_, adds_;
@@ -195,7 +194,7 @@ void run_corrections(const BNReLUConv2d& args, const Host& host) {
   parallel_images(host, s.batch, [&](int64_t n) {
     T* scratch = static_cast<T*>(host.scratch(2 * map * sizeof(T)));
     const Image<const T> x = load_image<S>(args.x, n, s.batch, extent, scratch);
-    const Image<const T> grad_x = load_image<S>(args.grad_x, n, s.batch, extent, scratch + map);
+    const Image<const T> grad_x = load_image<S>(args.grad_x, n, n + 1, extent, scratch + map);
     correct_image(args.corrections, static_cast<const T*>(args.mean), extent, x,
                   Image<T>{const_cast<T*>(grad_x.data), grad_x.pitch});
     if (!is_image<S>(args.grad_x, extent)) store_image<S>(grad_x, args.grad_x, n, extent);
