@@ -7,7 +7,6 @@ of its sub-network, and behind the last one of a smaller sub-network whatever it
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -145,9 +144,6 @@ class Recipe:
         self._runs_blocks: bool | None = None
         self._versions: list[tuple[int, int]] = []
         self._count = 0
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Recipe:
-        return Recipe(copy.deepcopy(self.plan, memo))
 
     def look(self) -> Looked:
         """What the layers hold now."""
@@ -348,9 +344,6 @@ class Compact:
     _indices: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)
     _stamp: int | None = None
     _suits_dense: bool | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Compact:
-        return Compact(copy.deepcopy(self.recipe, memo), self.selections)
 
     @property
     def plan(self) -> Plan:

@@ -51,6 +51,10 @@ class Summary:
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
+_MADE = frozenset(("plan", "_recipe", "_compact", "_mixed", "_seen"))
+"""Attributes of a `Subnet` that follow from the others."""
+
+
 class Subnet(nn.Module):
     """Part of a network, over the same weights: the channels that some classes need, and the outputs of those classes.
 
@@ -70,15 +74,32 @@ class Subnet(nn.Module):
 
     def __init__(self, network: nn.Module, atlas: Atlas, traced: Plan):
         super().__init__()
-        self.network, self.atlas, self.plan = network, atlas, traced
+        self.network, self.atlas = network, atlas
         self.classes: list[int] = []
         self.labels: dict[int, int] = {}
         self.groups = np.ones(len(traced.fixed), dtype=bool)
         self.tasks: list[list[int]] = []
-        self._recipe = Recipe(traced)
+        self._run_by(traced)
+
+    def _run_by(self, traced: Plan) -> None:
+        self.plan, self._recipe = traced, Recipe(traced)
         self._compact: Compact | None = None
         self._mixed: Compact | None = None
         self._seen: dict[tuple[Any, ...], tuple[np.ndarray, Compact]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickles and copies: the network, the atlas and what is kept; how to run that is found anew."""
+        state = {name: value for name, value in self.__dict__.items() if name not in _MADE}
+        return state | {"_selections": self._mixed.selections if self._mixed else []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a pickle or a copy."""
+        super().__setstate__({name: value for name, value in state.items() if name != "_selections"})
+        self._run_by(plan(self.network, self.atlas.input_shape))
+        if self.classes:
+            self._compact = Compact(self._recipe, [self.groups])
+        if self.tasks:
+            self._mixed = Compact(self._recipe, state["_selections"])
 
     def switch(
         self,

@@ -280,6 +280,21 @@ def test_state_dict_is_the_networks_and_a_copy_is_independent():
 
 
 @pytest.mark.parametrize("name", NETWORKS)
+def test_subnet_is_saved_and_loaded(name):
+    model, shape, atlas = case(name)
+    subnet, file = reconstruct(model, atlas, [[1, 2], [0, 2]], keep=0.5), io.BytesIO()
+    torch.save(subnet, file)
+    file.seek(0)
+    loaded, x = torch.load(file, weights_only=False), torch.randn(2, *shape, dtype=torch.float64)
+    assert repr(loaded) == repr(subnet)
+    assert torch.equal(loaded(x), subnet(x))
+    assert torch.equal(loaded(x, task=[1, 0]), subnet(x, task=[1, 0]))
+    assert torch.equal(loaded.switch([0, 1], keep=0.6)(x), subnet.switch([0, 1], keep=0.6)(x))
+    parameter = next(loaded.network.parameters())
+    assert parameter is next(loaded.plan.module.parameters())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
 def test_materialised_module_is_saved_and_loaded(name):
     model, shape, atlas = case(name)
     small, file = reconstruct(model, atlas, [1, 2], keep=0.5).materialize(), io.BytesIO()
