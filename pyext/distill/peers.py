@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pyext.models import Backbone
 from pyext.nn.exchange import gather, sum_gradient, together
+from pyext.nn.stem_inference import StemSequential
 
 
 class PeerOutputs(NamedTuple):
@@ -146,6 +147,8 @@ class Peers(nn.Module):
 
     def _run(self, chain: _Chain, x: Tensor, start: int, stop: int) -> Tensor:
         x = x if start else chain.prepare(x)
+        if isinstance(chain.stages, StemSequential):
+            return chain.stages.run(x, start, stop)
         for stage in list(chain.stages)[start:stop]:
             x = stage(x)
         return x

@@ -23,7 +23,11 @@ class StemSequential(nn.Sequential):
     """
 
     def forward(self, x: Any) -> Any:
-        modules = list(self._modules.values())
+        return self.run(x, 0, len(self))
+
+    def run(self, x: Any, start: int, stop: int) -> Any:
+        """What the modules [start, stop) make of x."""
+        modules = list(self._modules.values())[start:stop]
         stem = stem_of(modules)
         if stem and (pooled := infer_stem(stem, x)) is not None:
             x, modules = pooled, modules[len(stem) :]

@@ -15,7 +15,7 @@ from pyext.distill import peers
 
 NETWORKS = {
     "hcgnet": (partial(models.HCGNet, (8, 12), (1, 1), 5), "HybridBlock1"),
-    "hcgnet_imagenet": (partial(models.HCGNet, (8, 12), (1, 1), 5, stem="imagenet"), "norm0"),
+    "hcgnet_imagenet": (partial(models.HCGNet, (8, 12), (1, 1), 5, stem="imagenet"), "pool0"),
     "resnet": (partial(models.CIFARResNet, 8, 5), "layer1"),
     "densenet": (partial(models.DenseNet, 10, 4, 5), "denseblock1"),
     "vgg": (partial(models.VGG, 5), "block1"),
@@ -48,6 +48,15 @@ def test_each_peer_is_an_ordinary_network_with_the_same_outputs(name, share):
             assert torch.equal(classifier(outputs.features[i]), outputs.logits[i])
     assert group.num_features == outputs.features[0].shape[1]
     assert not torch.equal(outputs.logits[0], outputs.logits[1])
+
+
+def test_sharing_may_end_within_a_stem():
+    """Which each peer alone runs as one operator, and the group then module by module: equal but for rounding."""
+    group = peers(NETWORKS["hcgnet_imagenet"][0], 3, "norm0").double().eval()
+    with torch.no_grad():
+        outputs = group(images().double())
+        for i in range(3):
+            torch.testing.assert_close(outputs.logits[i], group.deploy(i)(images().double()), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
