@@ -70,6 +70,35 @@ def backends(argument: str, order: Sequence[str] = MEASURED) -> dict[str, Callab
     return {name: found[name] for name in order}
 
 
+# --- operators for inference, which read a module's tensors ----------------------------------------------------------
+
+
+def no_inference(x: Tensor, tensors: Sequence[Tensor] = (), *_: object) -> str | None:
+    """Why a kernel without gradients cannot run; None when it can."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *tensors)):
+        return "gradients are asked for, and the kernel is for inference: call it under torch.no_grad()"
+    return None
+
+
+def no_cpu_inference(x: Tensor, tensors: Sequence[Tensor] = (), *_: object) -> str | None:
+    """Why no CPU kernel without gradients can run; None when one can."""
+    return no_inference(x, tensors) or no_cpu("x", x)
+
+
+def check_place(what: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    """ValueError where `tensor`, named by `what`, is not of `shape` or not on x's device."""
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{what} has shape {tuple(tensor.shape)}, expected {shape}")
+    if tensor.device != x.device:
+        raise ValueError(f"{what} is on {tensor.device}, expected x's device {x.device}")
+
+
+def check_dtype(what: str, tensor: Tensor, x: Tensor) -> None:
+    """TypeError where `tensor`, named by `what`, has neither x's dtype nor float32 beside a narrower one."""
+    if tensor.dtype != x.dtype and (tensor.dtype != torch.float32 or x.dtype == torch.float64):
+        raise TypeError(f"{what} has dtype {tensor.dtype}, expected x's {x.dtype} or float32")
+
+
 # --- running statistics -----------------------------------------------------------------------------------------------
 
 

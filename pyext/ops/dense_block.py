@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyext import _backend
-from pyext._operator import DTYPES, accumulate_dtype, no_cpu, no_reference
+from pyext._operator import DTYPES, accumulate_dtype, check_dtype, check_place, no_cpu_inference, no_reference
 
 _OPS = torch.ops.pyext
 
@@ -133,24 +133,14 @@ def validate(x: Tensor, tensors: Sequence[Tensor], extents: Extents, eps: float)
         raise ValueError(f"dense_block: eps is {eps}, expected at least 0")
     for index, (tensor, (name, shape)) in enumerate(zip(tensors, tensor_shapes(extents), strict=True)):
         what = f"dense_block: tensors[{index}], {name},"
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{what} has shape {tuple(tensor.shape)}, expected {shape}")
-        if tensor.device != x.device:
-            raise ValueError(f"{what} is on {tensor.device}, expected x's device {x.device}")
-        if tensor.dtype != x.dtype and (tensor.dtype != torch.float32 or x.dtype == torch.float64):
-            raise TypeError(f"{what} has dtype {tensor.dtype}, expected x's {x.dtype} or float32")
-
-
-def _no_cpu(x: Tensor, tensors: Sequence[Tensor] = (), *_: object) -> str | None:
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *tensors)):
-        return "gradients are asked for, and the kernel is for inference: call it under torch.no_grad()"
-    return no_cpu("x", x)
+        check_place(what, tensor, shape, x)
+        check_dtype(what, tensor, x)
 
 
 OPERATOR = _backend.register(
     _backend.Operator(
         "dense_block",
-        {"cpu": _no_cpu, "reference": no_reference},
+        {"cpu": no_cpu_inference, "reference": no_reference},
         differentiable=False,
         unwritten=("cuda", "triton"),
     )

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyext import _backend
-from pyext._operator import DTYPES, backends, register_triton, triton_kernels
+from pyext._operator import DTYPES, backends, check_dtype, check_place, no_inference, register_triton, triton_kernels
 from pyext.ops.gated_excitation import PARAMETERS, RUNNING, parameter_shapes
 from pyext.ops.gated_excitation import reference as gates_reference
 
@@ -209,16 +209,12 @@ def validate(x: Tensor, tensors: Sequence[Tensor], extents: Extents, eps: float)
     for index, tensor in enumerate(tensors):
         module, place = divmod(index, len(TENSORS))
         shape = tensor_shapes(x.shape[1] + module * extents.growth, extents, packed)[TENSORS[place]]
-        name = f"tensors[{index}], {TENSORS[place]} of module {module},"
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"hybrid_block: {name} has shape {tuple(tensor.shape)}, expected {shape}")
-        if tensor.device != x.device:
-            raise ValueError(f"hybrid_block: {name} is on {tensor.device}, expected x's device {x.device}")
-        if packed and place in CONVOLUTIONS:
-            if tensor.dtype != torch.int32:
-                raise TypeError(f"hybrid_block: {name} has dtype {tensor.dtype}, expected int32 as the packed ones'")
-        elif tensor.dtype != x.dtype and (tensor.dtype != torch.float32 or x.dtype == torch.float64):
-            raise TypeError(f"hybrid_block: {name} has dtype {tensor.dtype}, expected x's {x.dtype} or float32")
+        what = f"hybrid_block: tensors[{index}], {TENSORS[place]} of module {module},"
+        check_place(what, tensor, shape, x)
+        if not (packed and place in CONVOLUTIONS):
+            check_dtype(what, tensor, x)
+        elif tensor.dtype != torch.int32:
+            raise TypeError(f"{what} has dtype {tensor.dtype}, expected int32 as the packed ones'")
 
 
 def _validate_map(x: Tensor, extents: Extents, eps: float) -> None:
@@ -240,19 +236,13 @@ def _validate_map(x: Tensor, extents: Extents, eps: float) -> None:
         raise ValueError(f"hybrid_block: eps is {eps}, expected at least 0")
 
 
-def _no_inference(x: Tensor, tensors: Sequence[Tensor] = (), *_: object) -> str | None:
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *tensors)):
-        return "gradients are asked for, and the kernel is for inference: call it under torch.no_grad()"
-    return None
-
-
 def _no_packed(name: str, tensors: Sequence[Tensor]) -> str | None:
     return None if name == "cpu" or not is_packed(tensors) else "the weights are packed for the CPU's kernel"
 
 
 def _for_inference(name: str, why: Callable[..., str | None]) -> Callable[..., str | None]:
     def judged(x: Tensor, tensors: Sequence[Tensor] = (), *rest: object) -> str | None:
-        return _no_packed(name, tensors) or why(x) or _no_inference(x, tensors, *rest)
+        return _no_packed(name, tensors) or why(x) or no_inference(x, tensors, *rest)
 
     return judged
 
