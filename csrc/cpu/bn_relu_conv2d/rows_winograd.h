@@ -250,7 +250,6 @@ class RowsWinogradForward {
   RowsWinogradForward(const BNReLUConv2d& args, const Host& host)
       : call_(args, host),
         tiles_(call_.s),
-        elements_(call_.s.batch * call_.s.positions()),
         x_(rows_of<const T>(args.x)),
         out_(rows_of<T>(args.out)),
         kernels_(call_.s, host) {}
@@ -327,7 +326,6 @@ class RowsWinogradForward {
 
   Convolution<T> call_;
   TileRows<T> tiles_;
-  int64_t elements_;
   Image<const T> x_;
   Image<T> out_;
   TransformedKernels<T> kernels_;
