@@ -16,11 +16,13 @@ class Runner:
     """One contender, ready to be timed.
 
     `run` is what the clock sees. `results` restores the initial state, calls `run` once and gives all that it produced
-    by name, so it says the same before and after any number of runs.
+    by name, so it says the same before and after any number of runs. `release` lets go of what a run leaves behind and
+    the next one makes anew: gradients.
     """
 
     run: Callable[[], object]
     results: Callable[[], dict[str, Tensor]]
+    release: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)

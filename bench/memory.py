@@ -1,61 +1,78 @@
 """Peak memory of a training step.
 
-On the CPU in a process of its own: `python -m bench.memory FILE CASE CONTENDER THREADS` prints bytes. On a GPU torch
-counts what it gives out.
+On the CPU in a process of its own: `python -m bench.memory FILE CASE CONTENDER THREADS` prints the two peaks in bytes.
+On a GPU torch counts what it gives out.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import importlib
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from bench.case import Case, Contender
+from bench.table import Peak
 
 _STEPS = 3
 
 
-def peaks(file: str, case: Case, device: torch.device) -> dict[str, float]:
-    """MiB above the start at the peak of a training step, by contender; `file`: the module that holds the case."""
+class Meter(NamedTuple):
+    """How a device's memory is measured."""
+
+    reset: Callable[[], int]
+    """Forget earlier peaks; bytes that are held now."""
+    peak: Callable[[], int]
+    """Bytes that were held at most."""
+
+
+def peaks(file: str, case: Case, device: torch.device) -> dict[str, Peak]:
+    """Peaks by contender; `file`: the module that holds the case."""
     found = {}
     for contender in case.contenders:
         name = contender.name
-        peak = _on_gpu(contender) if device.type == "cuda" else _in_own_process(file, case.name, name)
-        found[f"{case.name}: {name}"] = peak / 2**20
+        on_gpu = device.type == "cuda"
+        process, step = measure(contender, GPU) if on_gpu else _in_own_process(file, case.name, name)
+        found[f"{case.name}: {name}"] = Peak(process / 2**20, step / 2**20)
     return found
 
 
-def _on_gpu(contender: Contender) -> int:
+def _in_own_process(*words: str) -> tuple[int, int]:
+    command = [sys.executable, "-m", "bench.memory", *words, str(torch.get_num_threads())]
+    process, step = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-2:]
+    return int(process), int(step)
+
+
+def measure(contender: Contender, meter: Meter) -> tuple[int, int]:
+    """Bytes at the peak of a few training steps above those held before the contender was built, and at the peak of one
+    more above those held between steps."""
+    start = meter.reset()
+    runner = contender.build()
+    for _ in range(_STEPS):
+        runner.run()
+    process = meter.peak() - start
+    runner.release()
+    start = meter.reset()
+    runner.run()
+    return process, meter.peak() - start
+
+
+def _held_on_gpu() -> int:
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
-    start = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    _train(contender)
+    return torch.cuda.memory_allocated()
+
+
+def _peak_on_gpu() -> int:
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - start
-
-
-def _in_own_process(*words: str) -> int:
-    command = [sys.executable, "-m", "bench.memory", *words, str(torch.get_num_threads())]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-
-
-def _train(contender: Contender) -> None:
-    run = contender.build().run
-    for _ in range(_STEPS):
-        run()
-
-
-def measure(file: str, case: str, contender: str) -> int:
-    """Bytes at the peak of a few training steps on the CPU above those held before the contender was built."""
-    cases: list[Case] = importlib.import_module(f"bench.{file}").cases(torch.device("cpu"))
-    chosen = next(c for c in cases if c.name == case).contender(contender)
-    start = peak_resident()
-    _train(chosen)
-    return peak_resident() - start
+    return torch.cuda.max_memory_allocated()
 
 
 def peak_resident() -> int:
@@ -66,11 +83,22 @@ def peak_resident() -> int:
 
 
 def reset_peak_resident() -> int:
-    """Forget earlier peaks; bytes that this process holds in memory now."""
+    """Give back what nothing uses, and forget earlier peaks; bytes that this process holds in memory now."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # the C library keeps what was freed, and would fill the next step's maps into it
     Path("/proc/self/clear_refs").write_text("5")
     return peak_resident()
 
 
+CPU = Meter(reset_peak_resident, peak_resident)
+GPU = Meter(_held_on_gpu, _peak_on_gpu)
+
+
+def _main(file: str, case: str, contender: str, threads: str) -> None:
+    torch.set_num_threads(int(threads))
+    cases: list[Case] = importlib.import_module(f"bench.{file}").cases(torch.device("cpu"))
+    print(*measure(next(c for c in cases if c.name == case).contender(contender), CPU))
+
+
 if __name__ == "__main__":
-    torch.set_num_threads(int(sys.argv[4]))
-    print(measure(*sys.argv[1:4]))
+    _main(*sys.argv[1:])

@@ -161,7 +161,7 @@ def step_runner(subject: Subject, images: Tensor, labels: Tensor, gradients: boo
         found = {"loss": run(), **_training_results(subject)}
         return found if gradients else {name: value for name, value in found.items() if name != "grad_parameters"}
 
-    return Runner(run, results)
+    return Runner(run, results, optimizer.zero_grad)
 
 
 def _clear_gradients(tensors: Sequence[Tensor]) -> None:

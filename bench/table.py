@@ -35,13 +35,23 @@ class Row:
     """The part of the measured roof that the time reaches."""
 
 
+@dataclass(frozen=True)
+class Peak:
+    """Peak memory of one contender's training step, in MiB."""
+
+    process: float
+    """Of a few steps, above what there was before model and optimizer were made: with them, and the libraries' own."""
+    step: float
+    """Of one step, above what was held between steps (model, momenta, libraries): maps, gradients, scratch."""
+
+
 @dataclass
 class Report:
     """All that one run measured: facts about the machine, rows, peak memory by contender, and remarks."""
 
     facts: dict[str, str]
     rows: list[Row] = field(default_factory=list)
-    memory_mib: dict[str, float] = field(default_factory=dict)
+    memory_mib: dict[str, Peak] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     """Cases that have no rows because an output was wrong or a contender failed, each with the reason."""
@@ -117,6 +127,11 @@ On a GPU a time is that of many calls in a row, synchronised once; "graph" repla
 time of launching from Python.
 """
 
+_MEMORY_LEGEND = """\
+Peak memory of training, MiB. Process: of a few steps, above what there was before model and optimizer were made. Step:
+of one step, above what is held between steps (model, momenta, libraries).
+"""
+
 
 def markdown(report: Report) -> str:
     """The report as one Markdown document."""
@@ -124,9 +139,9 @@ def markdown(report: Report) -> str:
     lines += [_line(_COLUMNS), _line(["---"] * 2 + ["---:"] * (len(_COLUMNS) - 2))]
     lines += [_line(_cells(row)) for row in report.rows]
     if report.memory_mib:
-        lines += ["", "Peak memory of a few training steps above the start:", ""]
-        lines += [_line(("contender", "MiB")), _line(("---", "---:"))]
-        lines += [_line((name, f"{value:.0f}")) for name, value in report.memory_mib.items()]
+        lines += ["", _MEMORY_LEGEND]
+        lines += [_line(("contender", "process", "step")), _line(("---", "---:", "---:"))]
+        lines += [_line((name, f"{peak.process:.0f}", f"{peak.step:.0f}")) for name, peak in report.memory_mib.items()]
     if report.failures:
         lines += ["", "Failed, so without a time:", "", *(f"- {failure}" for failure in report.failures)]
     if report.remarks:

@@ -24,7 +24,8 @@ FLOORS = Floors(bytes_ms=0.5, memory_ms=0.8, operations_ms=1.0)
 @pytest.fixture
 def report():
     rows = table.rows_of(CASE, SAMPLES, FLOORS)
-    return table.Report({"threads": "2"}, rows, {"pyext": 100.4, "eager": 300.0}, ["left out: nothing"])
+    peaks = {"pyext": table.Peak(100.4, 30), "eager": table.Peak(300, 100)}
+    return table.Report({"threads": "2"}, rows, peaks, ["left out: nothing"])
 
 
 def test_floors_are_work_over_speed():
@@ -63,7 +64,7 @@ def test_markdown(report):
         "| operator inference | **pyext** | 2.00 | 2.50 | 2.00 | 4.00 | 6.00 | 0.500 | 0.800 | 1.00 | 50.0% |" in lines
     )
     assert any(line.startswith("| operator inference | compiled | 4.00 | 0 | 1.00 |") for line in lines)
-    assert "| eager | 300 |" in lines
+    assert "| eager | 300 | 100 |" in lines
     assert "- left out: nothing" in lines
     widths = {line.count("|") for line in lines if line.startswith("| operator") or line.startswith("| case")}
     assert len(widths) == 1
@@ -78,7 +79,7 @@ def test_json_holds_every_row(report, tmp_path, monkeypatch):
     assert read["facts"] == {"threads": "2"}
     assert [row["median_ms"] for row in read["rows"]] == pytest.approx([2, 30, 4])
     assert read["rows"][0]["floors"] == {"bytes_ms": 0.5, "memory_ms": 0.8, "operations_ms": 1.0}
-    assert read["memory_mib"]["eager"] == 300
+    assert read["memory_mib"]["eager"] == {"process": 300, "step": 100}
 
 
 @pytest.mark.parametrize(
