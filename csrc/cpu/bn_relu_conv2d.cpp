@@ -105,12 +105,10 @@ class Inputs {
                     "bn_relu_conv2d: ", name, " has shape ", shape_text(tensor.sizes(), static_cast<int>(tensor.dim())),
                     ", expected ", shape_text(shape.extents, shape.dims),
                     " on the CPU, of the other parameters' dtype");
-    if (tensor.is_contiguous()) return tensor.data_ptr();
-    owned_.push_back(torch::stable::contiguous(tensor));
-    return owned_.back().data_ptr();
+    return contiguous_.data(tensor);
   }
 
-  std::vector<Tensor> owned_;
+  Contiguous contiguous_;
 };
 
 Tensor new_vector(const Tensor& x, int64_t numel) {

@@ -45,7 +45,7 @@ Tensor forward(const Tensor& x, const std::vector<Tensor>& tensors, int64_t stri
   std::vector<int64_t> outputs;
   std::vector<const void*> data;
   std::vector<DType> dtypes;
-  std::vector<Tensor> copies;  // of the few that are not contiguous
+  Contiguous contiguous;
   for (int64_t i = 0; i < count; ++i) {
     const Tensor& tensor = tensors[i];
     const int index = static_cast<int>(i % kNumTensors);
@@ -62,8 +62,7 @@ Tensor forward(const Tensor& x, const std::vector<Tensor>& tensors, int64_t stri
     STD_TORCH_CHECK(tensor.is_cpu(), "convolution_stem: tensors[", i, "] is not on the CPU");
     STD_TORCH_CHECK(found == dtype || (found == DType::kFloat && args.dtype != DType::kDouble),
                     "convolution_stem: tensors[", i, "] has another dtype than x or float32");
-    if (!tensor.is_contiguous()) copies.push_back(torch::stable::contiguous(tensor));
-    data.push_back(tensor.is_contiguous() ? tensor.data_ptr() : copies.back().data_ptr());
+    data.push_back(contiguous.data(tensor));
     dtypes.push_back(*found);
   }
   args.outputs = outputs.data();

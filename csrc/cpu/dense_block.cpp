@@ -46,15 +46,14 @@ Tensor pack(const std::vector<Tensor>& tensors, const std::vector<int64_t>& exte
   const ScalarType dtype = tensors[0].scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
                   "dense_block: tensors must be of float32 or float64 to be packed");
-  std::vector<Tensor> copies;  // of the few that are not contiguous
+  Contiguous contiguous;
   std::vector<const void*> data;
   for (int64_t i = 0; i < static_cast<int64_t>(tensors.size()); ++i) {
     const Tensor& tensor = tensors[i];
     check_shape(tensor, tensor_shape(i, s), "dense_block", "tensors", i);
     STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == dtype, "dense_block: tensors[", i,
                     "] is not on the CPU or has another dtype than the first");
-    if (!tensor.is_contiguous()) copies.push_back(torch::stable::contiguous(tensor));
-    data.push_back(tensor.is_contiguous() ? tensor.data_ptr() : copies.back().data_ptr());
+    data.push_back(contiguous.data(tensor));
   }
   const DenseBlockTensors args{s, *dtype_of(dtype), eps, data.data()};
   const Tensor packed = torch::stable::new_empty(tensors[0], {kernels().packed_numel(s, args.dtype)}, dtype);

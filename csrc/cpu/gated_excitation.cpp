@@ -82,11 +82,10 @@ class Inputs {
     check_shape(tensor, shape, "gated_excitation", list, index);
     STD_TORCH_CHECK(found == dtype && (found == args.dtype || (found == DType::kFloat && args.dtype != DType::kDouble)),
                     "gated_excitation: ", list, "[", index, "] has another dtype than u or float32");
-    if (tensor.is_contiguous()) return tensor.data_ptr();
-    owned_.push_back(torch::stable::contiguous(tensor));
-    return owned_.back().data_ptr();
+    return contiguous_.data(tensor);
   }
-  std::vector<Tensor> owned_;
+
+  Contiguous contiguous_;
 };
 
 const GatedExcitationKernels& kernels() {

@@ -47,7 +47,7 @@ Tensor forward(const Tensor& x, const std::vector<Tensor>& tensors, const std::v
   args.x = map_of(x);
   std::vector<const void*> data;
   std::vector<DType> dtypes;
-  std::vector<Tensor> copies;  // of the few that are not contiguous
+  Contiguous contiguous;
   for (size_t i = 0; i < tensors.size(); ++i) {
     const Tensor& tensor = tensors[i];
     STD_TORCH_CHECK(tensor.is_cpu(), "hybrid_block: tensors[", i, "] is not on the CPU");
@@ -57,8 +57,7 @@ Tensor forward(const Tensor& x, const std::vector<Tensor>& tensors, const std::v
                             : found == dtype || (found == DType::kFloat && args.dtype != DType::kDouble);
     STD_TORCH_CHECK(fits, "hybrid_block: tensors[", i, "] has another dtype than ",
                     pairs ? "the first weight" : "x or float32");
-    if (!tensor.is_contiguous()) copies.push_back(torch::stable::contiguous(tensor));
-    data.push_back(tensor.is_contiguous() ? tensor.data_ptr() : copies.back().data_ptr());
+    data.push_back(contiguous.data(tensor));
     dtypes.push_back(found.value_or(args.dtype));
   }
   args.tensors = data.data();

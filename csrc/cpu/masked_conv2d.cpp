@@ -79,7 +79,7 @@ class Inputs {
     STD_TORCH_CHECK(
         tensor->is_cpu() && has_shape(*tensor, shape) && dtype_of(tensor->scalar_type()) == args.parameter_dtype,
         "masked_conv2d: ", name, " must be a CPU tensor ", shape_text(shape.extents, shape.dims), " of weight's dtype");
-    return contiguous(*tensor).data_ptr();
+    return contiguous_.data(*tensor);
   }
 
   const int64_t* subnets(const OptionalTensor& tensor) {
@@ -105,22 +105,16 @@ class Inputs {
 
   void set_layer(const Tensor& weight, const Tensor& inputs, const Tensor& outputs) {
     const Sizes& s = args.sizes;
-    args.weight = contiguous(weight).data_ptr();
+    args.weight = contiguous_.data(weight);
     args.inputs = list(inputs, masked_conv2d::input_list_shape(s), s.group_inputs * s.groups, "inputs");
     args.outputs = list(outputs, masked_conv2d::output_list_shape(s), s.out_channels, "outputs");
-  }
-
-  const Tensor& contiguous(const Tensor& tensor) {
-    if (tensor.is_contiguous()) return tensor;
-    owned_.push_back(torch::stable::contiguous(tensor));
-    return owned_.back();
   }
 
   const int64_t* integers(const Tensor& tensor, const Shape& shape, const char* name) {
     STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == ScalarType::Long && has_shape(tensor, shape),
                     "masked_conv2d: ", name, " must be a CPU tensor ", shape_text(shape.extents, shape.dims),
                     " of int64");
-    return static_cast<const int64_t*>(contiguous(tensor).data_ptr());
+    return static_cast<const int64_t*>(contiguous_.data(tensor));
   }
 
   const int64_t* list(const Tensor& tensor, const Shape& shape, int64_t channels, const char* name) {
@@ -133,7 +127,7 @@ class Inputs {
     return data;
   }
 
-  std::vector<Tensor> owned_;
+  Contiguous contiguous_;
 };
 
 // A call that is checked, with its result, not yet computed.

@@ -1,9 +1,11 @@
 // torch's tensors as bindings hand them to kernels.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <vector>
 
 #include "cpu/kernel.h"
 
@@ -39,5 +41,18 @@ inline ScalarType accumulate_type(DType dtype) {
 inline Map map_of(const Tensor& tensor) {
   return {tensor.data_ptr(), {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)}};
 }
+
+// Contiguous data of tensors: the caller's own memory, or copies that live as long as this object.
+class Contiguous {
+ public:
+  void* data(const Tensor& tensor) {
+    if (tensor.is_contiguous()) return tensor.data_ptr();
+    copies_.push_back(torch::stable::contiguous(tensor));
+    return copies_.back().data_ptr();
+  }
+
+ private:
+  std::vector<Tensor> copies_;
+};
 
 }  // namespace pyext::cpu
