@@ -197,10 +197,9 @@ class SpatialBackward {
           const int64_t p = first + v * kL;
           at[v] = (p / s_.width + 1) * gradient_.pitch + p % s_.width + 1;
         }
-        Vec<T> d[kTileOutputs][kCount] = {};
-        add_taps<kCount>(dy, gradient_.channel, s_.group_outputs(), at, taps, weight, weight_pitch, d);
         alignas(64) T made[kTileOutputs][kCount * kL];
-        store_tile(d, made[0], kCount * kL);
+        convolve_taps<kCount, kTileOutputs>(dy, gradient_.channel, s_.group_outputs(), at, taps, weight, weight_pitch,
+                                            made[0], kCount * kL, false);
         for (int64_t r = 0; r < tile.count; ++r) put<kCount>(tile, r, first, made[r], sums[r]);
       });
     }
@@ -243,9 +242,8 @@ class SpatialBackward {
           constexpr int kCount = decltype(vectors)::value;
           int64_t at[kCount];
           for (int v = 0; v < kCount; ++v) at[v] = first + v * kL;
-          Vec<T> d[kTileOutputs][kCount] = {};
-          add_taps<kCount>(dy, gradient_.channel, s_.group_outputs(), at, taps, weight, weight_pitch, d);
-          store_tile(d, to + plane * planes_.size + first, back_pitch());
+          convolve_taps<kCount, kTileOutputs>(dy, gradient_.channel, s_.group_outputs(), at, taps, weight, weight_pitch,
+                                              to + plane * planes_.size + first, back_pitch(), false);
         });
       }
     }

@@ -72,7 +72,8 @@ struct OuterOperands {
 
 // to[r * outputs + o] += sum over images and positions of dy[p][o] z[p + row[r]], outputs being Vectors vectors.
 template <int Vectors, typename T>
-inline void add_outer_taps(const OuterOperands<T>& in, const int64_t (&row)[kTileOutputs], int count, double* to) {
+PYEXT_OWN_REGISTERS void add_outer_taps(const OuterOperands<T>& in, const int64_t (&row)[kTileOutputs], int count,
+                                        double* to) {
   Vec<T> sum[kTileOutputs][Vectors] = {};
   for (int64_t n = 0; n < in.images; ++n) {
     const T *dy = in.dy + n * in.dy_image, *z[kTileOutputs];
@@ -103,7 +104,7 @@ inline void add_outer_taps(const OuterOperands<T>& in, const int64_t (&row)[kTil
 
 // to[o * to_pitch + k] += sum over images and positions of dy[o][p] z[p + tap k].
 template <int Outputs, typename T>
-inline void add_tap_gradients(const TapOperands<T>& in, const int64_t* tap, double* to, int64_t to_pitch) {
+PYEXT_OWN_REGISTERS void add_tap_gradients(const TapOperands<T>& in, const int64_t* tap, double* to, int64_t to_pitch) {
   for (int first = 0; first < kTaps; first += kTapsAtOnce) {
     Vec<T> sum[Outputs * kTapsAtOnce] = {};
     for (int64_t n = 0; n < in.images; ++n) {
