@@ -9,7 +9,7 @@
 namespace pyext::cpu::PYEXT_CAPABILITY {
 namespace {
 
-constexpr int64_t kSpatialVectors = 48;  // of positions that one sum of dW should see
+constexpr int64_t kSpatialVectors = 160;  // of positions that one sum of dW should see
 
 // How the work is divided.
 struct SpatialBlocks {
@@ -211,10 +211,13 @@ class SpatialBackward {
     const T* x = tile.x + r * tile.x_pitch + first;
     T* to = tile.grad_x + r * tile.grad_pitch + first;
     NormSums<T> own = sums;
+    Vec<T> made[Vectors];  // before any is stored, which for all that the compiler knows changes the norm
 #pragma GCC unroll 8
-    for (int64_t p = 0; p < Vectors * kL; p += kL) {
-      grad_x_.put(to + p, through_norm(call_.norm(), tile.channel + r, load<T>(x + p), load<T>(dz + p), own));
+    for (int v = 0; v < Vectors; ++v) {
+      made[v] = through_norm(call_.norm(), tile.channel + r, load<T>(x + v * kL), load<T>(dz + v * kL), own);
     }
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) grad_x_.put(to + v * kL, made[v]);
     sums = own;
   }
 
@@ -271,7 +274,8 @@ class SpatialBackward {
     tiles_.for_each([&](auto vectors, int64_t o) {
       constexpr int kCount = decltype(vectors)::value;
       const OuterOperands<T> in{memory.z_planes,    memory.z_image, memory.dy_transposed + o * gradient_.span,
-                                memory.outer_image, images,         gradient_.span};
+                                memory.outer_image, images,         s_.out_height(),
+                                s_.out_width(),     gradient_.pitch};
       for (int64_t first = 0; first <= last; first += kTileOutputs) {
         int64_t row[kTileOutputs];
         for (int r = 0; r < kTileOutputs; ++r) {

@@ -149,12 +149,19 @@ inline Map channels_from(Map map, int64_t first) {
 template <typename T>
 inline void activate_planes(const Convolution<T>& call, const Planes& planes, const Image<const T>& x, Range channels,
                             T* row, T* to) {
+  const bool whole = planes.stride == 1 && planes.width % kLanes<T> == 0;  // vectors in each row
+  const int64_t length = whole ? planes.width : call.s.positions();
   for (int64_t c = channels.begin; c < channels.end; ++c, to += planes.channel) {
-    const T* from = x.row(c - channels.begin);
-    for (int64_t p = 0; p < call.s.positions(); p += kLanes<T>) {
-      store<T>(row + p, call.norm().relu_of(load<T>(from + p), c));
+    const Vec<T> mean = splat<T>(call.norm().mean[c]), scale = splat<T>(call.norm().scale[c]),
+                 bias = splat<T>(call.norm().bias[c]);
+    T* made = whole ? to + planes.place(1, 1) : row;
+    const T *from = x.row(c - channels.begin), *end = from + call.s.positions();
+    for (; from < end; from += length, made += planes.pitch) {
+      for (int64_t p = 0; p < length; p += kLanes<T>) {
+        store<T>(made + p, relu<T>((load<T>(from + p) - mean) * scale + bias));
+      }
     }
-    write_planes(planes, row, 0, call.s.positions(), to);
+    if (!whole) write_planes(planes, row, 0, call.s.positions(), to);
   }
 }
 
