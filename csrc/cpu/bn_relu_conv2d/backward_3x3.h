@@ -9,7 +9,7 @@
 namespace pyext::cpu::PYEXT_CAPABILITY {
 namespace {
 
-constexpr int64_t kSpatialVectors = 48;  // of positions that one sum of dW should see
+constexpr int64_t kSpatialVectors = 160;  // of positions that one sum of dW should see
 
 // How the work is divided.
 struct SpatialBlocks {
@@ -197,10 +197,9 @@ class SpatialBackward {
           const int64_t p = first + v * kL;
           at[v] = (p / s_.width + 1) * gradient_.pitch + p % s_.width + 1;
         }
-        Vec<T> d[kTileOutputs][kCount] = {};
-        add_taps<kCount>(dy, gradient_.channel, s_.group_outputs(), at, taps, weight, weight_pitch, d);
         alignas(64) T made[kTileOutputs][kCount * kL];
-        store_tile(d, made[0], kCount * kL);
+        convolve_taps<kCount, kTileOutputs>(dy, gradient_.channel, s_.group_outputs(), at, taps, weight, weight_pitch,
+                                            made[0], kCount * kL, false);
         for (int64_t r = 0; r < tile.count; ++r) put<kCount>(tile, r, first, made[r], sums[r]);
       });
     }
@@ -212,10 +211,13 @@ class SpatialBackward {
     const T* x = tile.x + r * tile.x_pitch + first;
     T* to = tile.grad_x + r * tile.grad_pitch + first;
     NormSums<T> own = sums;
+    Vec<T> made[Vectors];  // before any is stored, which for all that the compiler knows changes the norm
 #pragma GCC unroll 8
-    for (int64_t p = 0; p < Vectors * kL; p += kL) {
-      grad_x_.put(to + p, through_norm(call_.norm(), tile.channel + r, load<T>(x + p), load<T>(dz + p), own));
+    for (int v = 0; v < Vectors; ++v) {
+      made[v] = through_norm(call_.norm(), tile.channel + r, load<T>(x + v * kL), load<T>(dz + v * kL), own);
     }
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) grad_x_.put(to + v * kL, made[v]);
     sums = own;
   }
 
@@ -243,9 +245,8 @@ class SpatialBackward {
           constexpr int kCount = decltype(vectors)::value;
           int64_t at[kCount];
           for (int v = 0; v < kCount; ++v) at[v] = first + v * kL;
-          Vec<T> d[kTileOutputs][kCount] = {};
-          add_taps<kCount>(dy, gradient_.channel, s_.group_outputs(), at, taps, weight, weight_pitch, d);
-          store_tile(d, to + plane * planes_.size + first, back_pitch());
+          convolve_taps<kCount, kTileOutputs>(dy, gradient_.channel, s_.group_outputs(), at, taps, weight, weight_pitch,
+                                              to + plane * planes_.size + first, back_pitch(), false);
         });
       }
     }
@@ -273,7 +274,8 @@ class SpatialBackward {
     tiles_.for_each([&](auto vectors, int64_t o) {
       constexpr int kCount = decltype(vectors)::value;
       const OuterOperands<T> in{memory.z_planes,    memory.z_image, memory.dy_transposed + o * gradient_.span,
-                                memory.outer_image, images,         gradient_.span};
+                                memory.outer_image, images,         s_.out_height(),
+                                s_.out_width(),     gradient_.pitch};
       for (int64_t first = 0; first <= last; first += kTileOutputs) {
         int64_t row[kTileOutputs];
         for (int r = 0; r < kTileOutputs; ++r) {

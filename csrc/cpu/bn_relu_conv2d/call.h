@@ -105,11 +105,13 @@ struct TapOffsets {
   }
 };
 
-// sum[r][v] += products of `depth` channels' planes, at the vectors of positions `at`, with the weights
-// [kTaps][weight_pitch / Rows channels][Rows] of the taps.
+// A tile of a 3x3 convolution: sums over `depth` channels' planes, at the vectors of positions `at`, with the weights
+// [kTaps][weight_pitch / Rows channels][Rows] of the taps; to[r * to_pitch + v * kLanes], or added to it.
 template <int Vectors, int Rows, typename T>
-inline void add_taps(const T* planes, int64_t channel, int64_t depth, const int64_t (&at)[Vectors],
-                     const TapOffsets& taps, const T* weight, int64_t weight_pitch, Vec<T> (&sum)[Rows][Vectors]) {
+PYEXT_OWN_REGISTERS void convolve_taps(const T* planes, int64_t channel, int64_t depth, const int64_t (&at)[Vectors],
+                                       const TapOffsets& taps, const T* weight, int64_t weight_pitch, T* to,
+                                       int64_t to_pitch, bool adds) {
+  Vec<T> sum[Rows][Vectors] = {};
   for (int t = 0; t < taps.count; ++t) {
     const T *from = planes + taps.offset[t], *factors = weight + taps.index[t] * weight_pitch;
     for (int64_t i = 0; i < depth; ++i, from += channel, factors += Rows) {
@@ -124,6 +126,7 @@ inline void add_taps(const T* planes, int64_t channel, int64_t depth, const int6
       }
     }
   }
+  store_tile(sum, to, to_pitch, adds);
 }
 
 constexpr int64_t kPlaneBytes = 192 * 1024;  // what the planes of the channels in work may take, with room for others
@@ -146,12 +149,19 @@ inline Map channels_from(Map map, int64_t first) {
 template <typename T>
 inline void activate_planes(const Convolution<T>& call, const Planes& planes, const Image<const T>& x, Range channels,
                             T* row, T* to) {
+  const bool whole = planes.stride == 1 && planes.width % kLanes<T> == 0;  // vectors in each row
+  const int64_t length = whole ? planes.width : call.s.positions();
   for (int64_t c = channels.begin; c < channels.end; ++c, to += planes.channel) {
-    const T* from = x.row(c - channels.begin);
-    for (int64_t p = 0; p < call.s.positions(); p += kLanes<T>) {
-      store<T>(row + p, call.norm().relu_of(load<T>(from + p), c));
+    const Vec<T> mean = splat<T>(call.norm().mean[c]), scale = splat<T>(call.norm().scale[c]),
+                 bias = splat<T>(call.norm().bias[c]);
+    T* made = whole ? to + planes.place(1, 1) : row;
+    const T *from = x.row(c - channels.begin), *end = from + call.s.positions();
+    for (; from < end; from += length, made += planes.pitch) {
+      for (int64_t p = 0; p < length; p += kLanes<T>) {
+        store<T>(made + p, relu<T>((load<T>(from + p) - mean) * scale + bias));
+      }
     }
-    write_planes(planes, row, 0, call.s.positions(), to);
+    if (!whole) write_planes(planes, row, 0, call.s.positions(), to);
   }
 }
 

@@ -159,9 +159,8 @@ class ForwardPass {
           const int64_t p = (first + v) * kLanes<T>;
           at[v] = p / s_.out_width() * planes_.pitch + p % s_.out_width();
         }
-        Vec<T> sum[Rows][kCount] = {};
-        add_taps<kCount, Rows>(planes, planes_.channel, depth, at, taps, weight, s_.group_inputs() * Rows, sum);
-        store_tile(sum, out.data + first * kLanes<T>, out.pitch, adds);
+        convolve_taps<kCount, Rows>(planes, planes_.channel, depth, at, taps, weight, s_.group_inputs() * Rows,
+                                    out.data + first * kLanes<T>, out.pitch, adds);
       });
     }
   }

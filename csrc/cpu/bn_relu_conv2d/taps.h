@@ -65,28 +65,32 @@ template <typename T>
 struct OuterOperands {
   const T* z;
   int64_t z_image;
-  const T* dy;  // [span][outputs]
+  const T* dy;  // [rows][pitch][outputs]
   int64_t dy_image;
-  int64_t images, span;
+  int64_t images, rows, width, pitch;
 };
 
 // to[r * outputs + o] += sum over images and positions of dy[p][o] z[p + row[r]], outputs being Vectors vectors.
 template <int Vectors, typename T>
-inline void add_outer_taps(const OuterOperands<T>& in, const int64_t (&row)[kTileOutputs], int count, double* to) {
+PYEXT_OWN_REGISTERS void add_outer_taps(const OuterOperands<T>& in, const int64_t (&row)[kTileOutputs], int count,
+                                        double* to) {
   Vec<T> sum[kTileOutputs][Vectors] = {};
   for (int64_t n = 0; n < in.images; ++n) {
-    const T *dy = in.dy + n * in.dy_image, *z[kTileOutputs];
+    const T* z[kTileOutputs];
 #pragma GCC unroll 8
     for (int r = 0; r < kTileOutputs; ++r) z[r] = in.z + n * in.z_image + row[r];
-    for (int64_t p = 0; p < in.span; ++p, dy += Vectors * kLanes<T>) {
-      Vec<T> gradient[Vectors];
+    for (int64_t y = 0; y < in.rows; ++y) {
+      const T* dy = in.dy + n * in.dy_image + y * in.pitch * Vectors * kLanes<T>;
+      for (int64_t p = y * in.pitch, end = p + in.width; p < end; ++p, dy += Vectors * kLanes<T>) {
+        Vec<T> gradient[Vectors];
 #pragma GCC unroll 8
-      for (int v = 0; v < Vectors; ++v) gradient[v] = load_once<T>(dy + v * kLanes<T>);
+        for (int v = 0; v < Vectors; ++v) gradient[v] = load_once<T>(dy + v * kLanes<T>);
 #pragma GCC unroll 8
-      for (int r = 0; r < kTileOutputs; ++r) {
-        const Vec<T> factor = in_register<T>(splat<T>(z[r][p]));
+        for (int r = 0; r < kTileOutputs; ++r) {
+          const Vec<T> factor = in_register<T>(splat<T>(z[r][p]));
 #pragma GCC unroll 8
-        for (int v = 0; v < Vectors; ++v) sum[r][v] += factor * gradient[v];
+          for (int v = 0; v < Vectors; ++v) sum[r][v] += factor * gradient[v];
+        }
       }
     }
   }
@@ -103,7 +107,7 @@ inline void add_outer_taps(const OuterOperands<T>& in, const int64_t (&row)[kTil
 
 // to[o * to_pitch + k] += sum over images and positions of dy[o][p] z[p + tap k].
 template <int Outputs, typename T>
-inline void add_tap_gradients(const TapOperands<T>& in, const int64_t* tap, double* to, int64_t to_pitch) {
+PYEXT_OWN_REGISTERS void add_tap_gradients(const TapOperands<T>& in, const int64_t* tap, double* to, int64_t to_pitch) {
   for (int first = 0; first < kTaps; first += kTapsAtOnce) {
     Vec<T> sum[Outputs * kTapsAtOnce] = {};
     for (int64_t n = 0; n < in.images; ++n) {
