@@ -9,6 +9,8 @@
 #include "cpu/bn_relu_conv2d/rows_1x1.h"
 #include "cpu/bn_relu_conv2d/rows_3x3.h"
 #include "cpu/bn_relu_conv2d/rows_winograd.h"
+#include "cpu/bn_relu_conv2d/strided_backward.h"
+#include "cpu/bn_relu_conv2d/strided_forward.h"
 
 namespace pyext::cpu::PYEXT_CAPABILITY {
 namespace {
@@ -35,7 +37,13 @@ void run_forward(const BNReLUConv2d& args, const Host& host) {
       }
     });
   }
-  with_element_type(args.dtype, [&](auto element) { ForwardPass<decltype(element)>(args, host).run(); });
+  with_element_type(args.dtype, [&](auto element) {
+    using S = decltype(element);
+    if constexpr (has_strided_winograd<S>) {
+      if (suits_strided_winograd(args, args.out) && StridedForward<S>(args, host).run()) return;
+    }
+    ForwardPass<S>(args, host).run();
+  });
 }
 
 template <typename T>
@@ -61,11 +69,12 @@ void run_backward(const BNReLUConv2d& args, const Host& host) {
     });
   }
   with_element_type(args.dtype, [&](auto element) {
-    if (args.sizes.kernel == 1) {
-      PointwiseBackward<decltype(element)>(args, host).run();
-    } else {
-      SpatialBackward<decltype(element)>(args, host).run();
+    using S = decltype(element);
+    if (args.sizes.kernel == 1) return PointwiseBackward<S>(args, host).run();
+    if constexpr (has_strided_winograd<S>) {
+      if (suits_strided_winograd(args, args.grad_out) && StridedBackward<S>(args, host).run()) return;
     }
+    SpatialBackward<S>(args, host).run();
   });
 }
 

@@ -8,7 +8,8 @@ that all layers share, and the statistics of a channel are the same in every lay
 those that are known.
 
 Sources: arXiv 1603.05027 (pre-activation), 1707.06990 (the normalised maps of dense networks made again), 1509.09308
-(the 3x3 convolution and its gradients by F(2x2, 3x3), where images lie innermost).
+(the 3x3 convolution and its gradients by F(2x2, 3x3), where images lie innermost, and those of stride 2 by F(2, 2) of
+its even rows and columns).
 """
 
 from __future__ import annotations

@@ -25,6 +25,13 @@ LAYERS = {
     "a2, third block, grouped": Layer(9, 128, 8, 8, 32, 3, 1, 2),
     "more inputs than stay in cache": Layer(2, 83, 16, 48, 19, 3),
     "strided, more inputs than stay in cache": Layer(2, 83, 32, 32, 7, 3, 2),
+    # By 25 products instead of 36, which few channels are not worth.
+    "strided, a1's second block": Layer(3, 72, 16, 16, 48, 3, 2),
+    "strided, odd extents and tiles that fill no vector": Layer(5, 40, 23, 19, 36, 3, 2),
+    "strided, tiles that end outside": Layer(3, 40, 30, 29, 40, 3, 2),
+    "strided, strips that end within an image": Layer(1, 24, 160, 20, 24, 3, 2),
+    "strided, rows of more tiles than a strip should have": Layer(1, 24, 4, 300, 24, 3, 2),
+    "strided, more tiles than are summed at once": Layer(19, 24, 32, 28, 25, 3, 2),
     "one position": Layer(3, 5, 1, 1, 3, 3, 2),
     "one row": Layer(2, 4, 1, 75, 3, 3),
     "one column": Layer(2, 4, 70, 1, 3, 3, 2),
@@ -150,38 +157,60 @@ NOT_FINITE = (float("inf"), float("-inf"), float("nan"))
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize(
-    "name", ["2x2", "odd images, taps", "rows of tiles that end within a vector", "columns of tiles that end outside"]
+    "name",
+    [
+        "2x2",
+        "odd images, taps",
+        "rows of tiles that end within a vector",
+        "columns of tiles that end outside",
+    ],
 )
 def test_what_is_not_finite_reaches_what_it_reaches_in_plain_torch(name, dtype):
     """Of maps and gradients, in evaluation: statistics would bring it to all of a channel."""
-    layer = INNERMOST[name]
-    inputs, states = make_layer(layer, dtype, layout="images innermost")
+    compare_what_is_not_finite(INNERMOST[name], "images innermost", (bn_relu_conv2d, dtype), (reference, torch.float64))
+
+
+@pytest.mark.parametrize(
+    "name", ["strided, odd extents and tiles that fill no vector", "strided, tiles that end outside"]
+)
+def test_what_is_not_finite_reaches_what_it_reaches_in_the_direct_form(name):
+    """Which double precision has."""
+    compare_what_is_not_finite(LAYERS[name], "nchw", (bn_relu_conv2d, torch.float32), (bn_relu_conv2d, torch.float64))
+
+
+def compare_what_is_not_finite(layer, layout, *calls):
+    inputs, states = make_layer(layer, calls[0][1], layout=layout)
     for i, value in enumerate(NOT_FINITE):
         inputs["x"][i, 3 * i, i % layer.height, i % layer.width] = value
-    results = {}
-    for function, kind in ((bn_relu_conv2d, dtype), (reference, torch.float64)):
+    results = []
+    for function, kind in calls:
         leaves = [x.to(kind).requires_grad_() for x in inputs.values()]
-        out = function(*leaves, *(x.to(kind) for x in states.values()), training=False)
+        out = function(*leaves, *(x.to(kind) for x in states.values()), training=False, stride=layer.stride)
         above = torch.ones_like(out)
         for i, value in enumerate(NOT_FINITE):
             above[-1 - i, i, -1, -1] = value
-        results[function] = [out, *torch.autograd.grad(out, leaves, above)]
-    names = ("out", *inputs)
-    for result, found, expected in zip(names, results[bn_relu_conv2d], results[reference], strict=True):
+        results.append([out, *torch.autograd.grad(out, leaves, above)])
+    for result, found, expected in zip(("out", *inputs), *results, strict=True):
         for kind in (torch.isnan, torch.isposinf, torch.isneginf):
             assert torch.equal(kind(found), kind(expected)), (result, kind)
-    assert results[reference][0].isfinite().any()
-    assert not results[reference][0].isfinite().all()
+    assert results[1][0].isfinite().any()
+    assert not results[1][0].isfinite().all()
 
 
-def test_what_only_the_transforms_cannot_hold_is_computed_without_them():
-    layer = INNERMOST["rows of tiles that end within a vector"]
-    inputs, states = make_layer(layer, torch.float32, layout="images innermost")
+@pytest.mark.parametrize(
+    ("layer", "layout"),
+    [
+        (INNERMOST["rows of tiles that end within a vector"], "images innermost"),
+        (LAYERS["strided, tiles that end outside"], "nchw"),
+    ],
+)
+def test_what_only_the_transforms_cannot_hold_is_computed_without_them(layer, layout):
+    inputs, states = make_layer(layer, torch.float32, layout=layout)
     inputs["norm_bias"].fill_(2.5e38)  # the largest float has less than twice as much
     inputs["conv_weight"] *= 1e-3
-    out = bn_relu_conv2d(*inputs.values(), *states.values())
-    tensors = [*inputs.values(), *states.values()]
-    plain, exact = reference(*tensors), reference(*(x.double() for x in tensors))
+    tensors, stride = [*inputs.values(), *states.values()], layer.stride
+    out = bn_relu_conv2d(*tensors, stride=stride)
+    plain, exact = reference(*tensors, stride=stride), reference(*(x.double() for x in tensors), stride=stride)
     assert not inexact({"out": out}, [([plain], [exact])], {})
 
 
@@ -213,7 +242,10 @@ def test_any_number_of_threads_with_images_innermost(name, threads):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
-@pytest.mark.parametrize("name", ["a1, squeeze", "a1, third block, grouped"])
+@pytest.mark.parametrize(
+    "name",
+    ["a1, squeeze", "a1, third block, grouped", "strided, odd extents and tiles that fill no vector"],
+)
 def test_any_number_of_threads(name, threads):
     """What belongs to an image has the same bits; the weight's sums over images are taken in double precision."""
     layer = LAYERS[name]
