@@ -21,7 +21,7 @@
   "grad_norm_weight, Tensor grad_norm_bias, Tensor grad_conv_weight)"
 #define BN_RELU_CONV2D_CORRECT "(Tensor(a!) grad_x, Tensor x, Tensor mean, Tensor corrections) -> ()"
 
-// With an average pool of 2x2 in place of the convolution.
+// With an average pool of 2x2, or a max-pool of 3x3 at a stride of two, in place of the convolution.
 #define BN_RELU_CONV2D_POOL_INPUTS \
   "Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor mean, Tensor var, bool training, float eps"
 #define BN_RELU_CONV2D_POOL "(" BN_RELU_CONV2D_POOL_INPUTS ") -> Tensor"
@@ -83,6 +83,8 @@ STABLE_TORCH_LIBRARY(pyext, m) {
   m.def("bn_relu_conv2d_running(Tensor(a!)[] running, Tensor[] moments, int count, float momentum) -> ()");
   m.def("bn_relu_conv2d_pool" BN_RELU_CONV2D_POOL);
   m.def("bn_relu_conv2d_pool_backward" BN_RELU_CONV2D_POOL_BACKWARD);
+  m.def("bn_relu_conv2d_max_pool" BN_RELU_CONV2D_POOL);
+  m.def("bn_relu_conv2d_max_pool_backward" BN_RELU_CONV2D_POOL_BACKWARD);
   m.def("bn_relu_conv2d_backward_add" BN_RELU_CONV2D_BACKWARD_ADD);
   m.def("bn_relu_conv2d_correct" BN_RELU_CONV2D_CORRECT);
   m.def("convolution_stem(Tensor x, Tensor[] tensors, int stride, float eps) -> Tensor");

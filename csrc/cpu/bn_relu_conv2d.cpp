@@ -48,6 +48,17 @@ Tensor new_map(const Tensor& x, bool rows, int64_t n, int64_t channels, int64_t 
   return torch::stable::transpose(torch::stable::transpose(torch::stable::transpose(made, 0, 3), 1, 3), 2, 3);
 }
 
+// `map`, or a copy of it, with images innermost.
+Tensor with_images_innermost(const Tensor& map) {
+  const int64_t n = map.size(0), channels = map.size(1), height = map.size(2), width = map.size(3);
+  if (images_innermost(map_of(map), n, height, width)) return map;
+  Tensor copy = new_map(map, true, n, channels, height, width);
+  torch::stable::copy_(copy, map);
+  return copy;
+}
+
+constexpr int64_t kPoolWindow = 2;  // of the means; the maximum has windows of 3x3, which need not be whole
+
 // The arguments that both passes have, and copies of those that are not contiguous.
 class Inputs {
  public:
@@ -62,10 +73,10 @@ class Inputs {
     args.conv_weight = data(conv_weight, weight, args.parameter_dtype, "conv_weight");
   }
 
-  // Of a normalisation with a pool behind it.
-  Inputs(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& mean, const Tensor& var,
-         bool training, double eps)
-      : Inputs(x, pool_sizes(x), norm_weight, norm_bias, mean, var, training, eps) {}
+  // Of a normalisation with a pool behind it, whose windows take maps of `window` rows and columns at least.
+  Inputs(const Tensor& x, int64_t window, const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& mean,
+         const Tensor& var, bool training, double eps)
+      : Inputs(x, pool_sizes(x, window), norm_weight, norm_bias, mean, var, training, eps) {}
 
   BNReLUConv2d args{};
 
@@ -87,9 +98,9 @@ class Inputs {
     args.var = data(var, vector, wide, "var");
   }
 
-  static Sizes pool_sizes(const Tensor& x) {
-    STD_TORCH_CHECK(x.dim() == 4 && x.size(1) > 0 && x.size(2) > 1 && x.size(3) > 1,
-                    "bn_relu_conv2d: x has no window of 2x2");
+  static Sizes pool_sizes(const Tensor& x, int64_t window) {
+    STD_TORCH_CHECK(x.dim() == 4 && x.size(1) > 0 && x.size(2) >= window && x.size(3) >= window,
+                    "bn_relu_conv2d: x has no window of ", window, "x", window);
     return {x.size(0), x.size(1), x.size(2), x.size(3), x.size(1), 1, 0, 1};
   }
 
@@ -168,11 +179,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, cons
   STD_TORCH_CHECK(grad_out.is_cpu(), "bn_relu_conv2d: grad_out is not on the CPU, but x is");
   bn_relu_conv2d::check_gradient(grad_out, x, s);
   const bool rows = inputs.args.rows;
-  Tensor dy = grad_out;
-  if (rows && !images_innermost(map_of(dy), s.batch, s.height, s.width)) {
-    dy = new_map(x, rows, s.batch, s.out_channels, s.height, s.width);
-    torch::stable::copy_(dy, grad_out);
-  }
+  const Tensor dy = rows ? with_images_innermost(grad_out) : grad_out;
   const Tensor grad_x = new_map(x, rows, s.batch, s.in_channels, s.height, s.width);
   inputs.args.grad_x = map_of(grad_x);
   return std::tuple_cat(std::tuple(grad_x), run_backward(inputs.args, dy, x));
@@ -222,32 +229,76 @@ void correct(const Tensor& grad_x, const Tensor& x, const Tensor& mean, const Te
 
 Tensor pool(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& mean, const Tensor& var,
             bool training, double eps) {
-  Inputs inputs(x, norm_weight, norm_bias, mean, var, training, eps);
+  Inputs inputs(x, kPoolWindow, norm_weight, norm_bias, mean, var, training, eps);
   const Sizes& s = inputs.args.sizes;
-  const Tensor out = torch::stable::new_empty(x, {s.batch, s.in_channels, s.height / 2, s.width / 2});
+  const bool rows = inputs.args.rows = in_rows(inputs.args.x, inputs.args.dtype, s);
+  const Tensor out = new_map(x, rows, s.batch, s.in_channels, s.height / 2, s.width / 2);
   inputs.args.out = map_of(out);
   CallMemory memory;
   selected_bn_relu_conv2d().pool(inputs.args, memory.host());
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> pool_backward(const Tensor& grad_out, const Tensor& x, const Tensor& norm_weight,
-                                                 const Tensor& norm_bias, const Tensor& mean, const Tensor& var,
-                                                 bool training, double eps) {
-  Inputs inputs(x, norm_weight, norm_bias, mean, var, training, eps);
-  const Sizes& s = inputs.args.sizes;
+// Those of x, which gets the memory of a map in rows or not, and of the normalisation's parameters.
+using PoolGradients = std::tuple<Tensor, Tensor, Tensor>;
+
+PoolGradients run_pool_backward(void (*kernel)(const BNReLUConv2d&, const Host&), BNReLUConv2d& args, const Tensor& x,
+                                bool x_rows, const Tensor& grad_out, int64_t height, int64_t width) {
+  const Sizes& s = args.sizes;
   STD_TORCH_CHECK(grad_out.is_cpu() && grad_out.scalar_type() == x.scalar_type() &&
-                      has_shape(grad_out, Shape{4, {s.batch, s.in_channels, s.height / 2, s.width / 2}}),
+                      has_shape(grad_out, Shape{4, {s.batch, s.in_channels, height, width}}),
                   "bn_relu_conv2d: grad_out differs from the result in shape, dtype or device");
-  const Tensor grad_x = new_map(x, false, s.batch, s.in_channels, s.height, s.width);
+  const Tensor dy = args.rows ? with_images_innermost(grad_out) : grad_out;
+  const Tensor grad_x = new_map(x, x_rows, s.batch, s.in_channels, s.height, s.width);
   const Tensor grad_norm_weight = new_vector(x, s.in_channels), grad_norm_bias = new_vector(x, s.in_channels);
-  inputs.args.grad_out = map_of(grad_out);
-  inputs.args.grad_x = map_of(grad_x);
-  inputs.args.grad_norm_weight = grad_norm_weight.data_ptr();
-  inputs.args.grad_norm_bias = grad_norm_bias.data_ptr();
+  args.grad_out = map_of(dy);
+  args.grad_x = map_of(grad_x);
+  args.grad_norm_weight = grad_norm_weight.data_ptr();
+  args.grad_norm_bias = grad_norm_bias.data_ptr();
   CallMemory memory;
-  selected_bn_relu_conv2d().pool_backward(inputs.args, memory.host());
+  kernel(args, memory.host());
   return {grad_x, grad_norm_weight, grad_norm_bias};
+}
+
+PoolGradients pool_backward(const Tensor& grad_out, const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias,
+                            const Tensor& mean, const Tensor& var, bool training, double eps) {
+  Inputs inputs(x, kPoolWindow, norm_weight, norm_bias, mean, var, training, eps);
+  BNReLUConv2d& args = inputs.args;
+  args.rows = in_rows(args.x, args.dtype, args.sizes);
+  return run_pool_backward(selected_bn_relu_conv2d().pool_backward, args, x, args.rows, grad_out, x.size(2) / 2,
+                           x.size(3) / 2);
+}
+
+// x as the kernels of the maximum read it.
+Tensor with_planes(const Tensor& x) {
+  const DType dtype = map_type(x, "x");
+  STD_TORCH_CHECK(dtype == DType::kFloat || dtype == DType::kDouble,
+                  "bn_relu_conv2d: the maximum has kernels for float32 and float64");
+  const bool planes = x.stride(3) == 1 && x.stride(2) == x.size(3);
+  return planes ? x : torch::stable::contiguous(x);
+}
+
+Tensor max_pool(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& mean,
+                const Tensor& var, bool training, double eps) {
+  const Tensor planes = with_planes(x);
+  Inputs inputs(planes, 1, norm_weight, norm_bias, mean, var, training, eps);
+  const Sizes& s = inputs.args.sizes;
+  inputs.args.rows = true;
+  const Tensor out = new_map(x, true, s.batch, s.in_channels, (s.height + 1) / 2, (s.width + 1) / 2);
+  inputs.args.out = map_of(out);
+  CallMemory memory;
+  selected_bn_relu_conv2d().max_pool(inputs.args, memory.host());
+  return out;
+}
+
+PoolGradients max_pool_backward(const Tensor& grad_out, const Tensor& x, const Tensor& norm_weight,
+                                const Tensor& norm_bias, const Tensor& mean, const Tensor& var, bool training,
+                                double eps) {
+  const Tensor planes = with_planes(x);
+  Inputs inputs(planes, 1, norm_weight, norm_bias, mean, var, training, eps);
+  inputs.args.rows = true;
+  return run_pool_backward(selected_bn_relu_conv2d().max_pool_backward, inputs.args, x, false, grad_out,
+                           (x.size(2) + 1) / 2, (x.size(3) + 1) / 2);
 }
 
 }  // namespace
@@ -258,6 +309,8 @@ STABLE_TORCH_LIBRARY_IMPL(pyext, CPU, m) {
   m.impl("bn_relu_conv2d_backward", TORCH_BOX(&backward));
   m.impl("bn_relu_conv2d_pool", TORCH_BOX(&pool));
   m.impl("bn_relu_conv2d_pool_backward", TORCH_BOX(&pool_backward));
+  m.impl("bn_relu_conv2d_max_pool", TORCH_BOX(&max_pool));
+  m.impl("bn_relu_conv2d_max_pool_backward", TORCH_BOX(&max_pool_backward));
   m.impl("bn_relu_conv2d_backward_add", TORCH_BOX(&backward_add));
   m.impl("bn_relu_conv2d_correct", TORCH_BOX(&correct));
 }

@@ -5,9 +5,9 @@
 #include "cpu/bn_relu_conv2d/backward_1x1.h"
 #include "cpu/bn_relu_conv2d/backward_3x3.h"
 #include "cpu/bn_relu_conv2d/forward.h"
-#include "cpu/bn_relu_conv2d/pool.h"
 #include "cpu/bn_relu_conv2d/rows_1x1.h"
 #include "cpu/bn_relu_conv2d/rows_3x3.h"
+#include "cpu/bn_relu_conv2d/rows_pool.h"
 #include "cpu/bn_relu_conv2d/rows_winograd.h"
 #include "cpu/bn_relu_conv2d/strided_backward.h"
 #include "cpu/bn_relu_conv2d/strided_forward.h"
@@ -84,16 +84,27 @@ void run_correct(const BNReLUConv2d& args, const Host& host) {
 }
 
 void run_pool(const BNReLUConv2d& args, const Host& host) {
+  if (args.rows) return with_row_type(args, [&](auto element) { RowsPool<decltype(element)>(args, host).forward(); });
   with_element_type(args.dtype, [&](auto element) { PoolForward<decltype(element)>(args, host).run(); });
 }
 
 void run_pool_backward(const BNReLUConv2d& args, const Host& host) {
+  if (args.rows) return with_row_type(args, [&](auto element) { RowsPool<decltype(element)>(args, host).backward(); });
   with_element_type(args.dtype, [&](auto element) { PoolBackward<decltype(element)>(args, host).run(); });
+}
+
+void run_max_pool(const BNReLUConv2d& args, const Host& host) {
+  with_row_type(args, [&](auto element) { RowsMaxPool<decltype(element)>(args, host).forward(); });
+}
+
+void run_max_pool_backward(const BNReLUConv2d& args, const Host& host) {
+  with_row_type(args, [&](auto element) { RowsMaxPool<decltype(element)>(args, host).backward(); });
 }
 
 }  // namespace
 
-const BNReLUConv2dKernels bn_relu_conv2d_kernels = {run_statistics, run_forward, run_backward,
-                                                    run_correct,    run_pool,    run_pool_backward};
+const BNReLUConv2dKernels bn_relu_conv2d_kernels = {
+    run_statistics, run_forward,       run_backward, run_correct,
+    run_pool,       run_pool_backward, run_max_pool, run_max_pool_backward};
 
 }  // namespace pyext::cpu::PYEXT_CAPABILITY

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyext.nn.cells import normalises
 from pyext.nn.dense_inference import forget, infer_folded, infer_transition
 from pyext.nn.hooks import has_forward_hooks
 from pyext.nn.memory_format import memory_format_of, trains_on_the_cpu
+from pyext.nn.row_stages import RowStage, convolve_rows, train_stages
 from pyext.nn.stem_inference import infer_stem, stem_of
-from pyext.ops.bn_relu_conv2d import OPERATOR, bn_relu_conv2d, bn_relu_pool
+from pyext.ops.bn_relu_conv2d import OPERATOR, bn_relu_conv2d, bn_relu_pool, images_innermost
 
 _LEAST_POSITIONS = 16
 
@@ -82,7 +84,7 @@ class BNReLUConv2d(nn.Module):
         )
 
 
-class BNReLUConvSequential(nn.Sequential):
+class BNReLUConvSequential(RowStage, nn.Sequential):
     """`torch.nn.Sequential` that trains every BatchNorm2d, ReLU, Conv2d among its modules as one operator,
     `bn_relu_conv2d`, where that computes the same and is faster. On the CPU an average pool behind a 1x1 convolution
     comes before it (both are linear, and of each window one product is left). At inference there, a BatchNorm2d becomes
@@ -108,10 +110,20 @@ class BNReLUConvSequential(nn.Sequential):
             elif _folds(modules[i : i + 2]) and (folded := infer_folded(self, i, modules[i : i + 2], x)) is not None:
                 x = folded
                 i += 2
+            elif (trained := train_stages(modules[i:], x))[1]:
+                x = trained[0]
+                i += trained[1]
             else:
                 x = modules[i](x)
                 i += 1
         return x
+
+    def train_rows(self, x: Tensor) -> Tensor | None:
+        modules: list[Any] = list(self._modules.values())
+        if len(modules) != 4 or not images_innermost(x) or not _pools_first(modules, x):
+            return None
+        norm, _, conv, _ = modules
+        return convolve_rows(_pool(norm, x), conv.weight) if torch.is_grad_enabled() else None
 
     def train(self, mode: bool = True) -> BNReLUConvSequential:
         """`torch.nn.Module.train`, which also drops what is kept for inference."""
@@ -122,7 +134,7 @@ class BNReLUConvSequential(nn.Sequential):
         """Norm, activation, convolution and pool, whose places are changed."""
         norm, activation, conv, pool = modules
         if torch.is_grad_enabled():
-            return conv(_run_pool(norm, x))
+            return conv(_pool(norm, x).contiguous(memory_format=memory_format_of(x)))
         if computes_the_operator(norm, conv) and conv.groups == 1 and _halves(pool):
             out = infer_transition(self, place, modules, x)
             if out is not None:
@@ -190,20 +202,16 @@ def _run_operator(norm: Any, conv: Any, x: Tensor) -> Tensor:
     return out.contiguous(memory_format=memory_format_of(x))
 
 
-def _run_pool(norm: Any, x: Tensor) -> Tensor:
+def _pool(norm: Any, x: Tensor) -> Tensor:
     statistics = norm.running_mean, norm.running_var
     out = bn_relu_pool(x, norm.weight, norm.bias, *statistics, momentum=norm.momentum, eps=norm.eps)
     norm.num_batches_tracked.add_(1)
-    return out.contiguous(memory_format=memory_format_of(x))
+    return out
 
 
 def computes_the_operator(norm: Any, conv: Any) -> bool:
     """Whether the two modules say what `bn_relu_conv2d` computes."""
-    if type(norm) is not nn.BatchNorm2d or type(conv) is not nn.Conv2d:
-        return False
-    if has_forward_hooks(norm) or has_forward_hooks(conv):
-        return False
-    if not norm.affine or not norm.track_running_stats or norm.running_mean is None or norm.momentum is None:
+    if not normalises(norm) or type(conv) is not nn.Conv2d or has_forward_hooks(conv):
         return False
     if conv.bias is not None or conv.padding_mode != "zeros" or conv.stride not in ((1, 1), (2, 2)):
         return False

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from pyext.nn.hooks import has_forward_hooks
 
 _OPS = torch.ops.pyext
 
@@ -36,6 +38,13 @@ class Cell(NamedTuple):
 
 
 PARAMETERS = len(Cell._fields)
+
+
+def normalises(norm: Any) -> bool:
+    """Whether the module is a BatchNorm2d as the operators compute it."""
+    if type(norm) is not nn.BatchNorm2d or has_forward_hooks(norm) or not norm.affine:
+        return False
+    return norm.track_running_stats and norm.running_mean is not None and norm.momentum is not None
 
 
 def note_moments(moments: Tensor, buffer: Tensor, begin: int, end: int) -> None:

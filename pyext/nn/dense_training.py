@@ -17,8 +17,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pyext.nn.memory_format import memory_format_of
-
 _OPS = torch.ops.pyext
 _PARAMETERS = 3
 """Of a cell: weight and bias of the normalisation, weight of the convolution."""
@@ -36,7 +34,8 @@ class _Plan(NamedTuple):
 
 def train_dense_block(cells: Sequence[Sequence[tuple[Any, Any]]], x: Tensor, memory: str = "fast") -> Tensor:
     """x (N, C, H, W) with the channels behind it that layers of `cells`, pairs (BatchNorm2d, Conv2d), add to it in
-    training mode; differentiable once. Running statistics are moved as torch's. The memory format is kept.
+    training mode; differentiable once. Running statistics are moved as torch's. Images lie innermost in the result,
+    which is kept for the gradient: nothing may write to it.
     `memory`: see `pyext.nn.set_memory`.
     """
     norms, convolutions = zip(*(cell for layer in cells for cell in layer), strict=True)
@@ -65,7 +64,7 @@ class _Block(torch.autograd.Function):
         _move_running(norms, used, x.shape[0] * x.shape[2] * x.shape[3])
         ctx.plan, ctx.channels = plan, x.shape[1]
         ctx.save_for_backward(buffer, moments, *parameters, *([] if plan.lean else kept))
-        return buffer.contiguous(memory_format=memory_format_of(x))
+        return buffer
 
     @staticmethod
     @once_differentiable

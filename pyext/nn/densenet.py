@@ -14,7 +14,8 @@ from pyext.nn.dense_inference import forget, infer_dense_block
 from pyext.nn.dense_training import train_dense_block
 from pyext.nn.hooks import has_forward_hooks
 from pyext.nn.lean import KeepsForBackward, checked_memory
-from pyext.nn.memory_format import to_torch_format, trains_on_the_cpu
+from pyext.nn.memory_format import memory_format_of, to_torch_format, trains_on_the_cpu
+from pyext.nn.row_stages import RowStage
 from pyext.ops.bn_relu_conv2d import OPERATOR
 
 fx.wrap("to_torch_format")  # one node of a trace: torch.fx cannot look into a comparison of devices
@@ -86,7 +87,7 @@ class DenseLayer(nn.Module):
         return f"drop_rate={self.drop_rate}" if self.drop_rate else ""
 
 
-class DenseBlock(KeepsForBackward, nn.Module):
+class DenseBlock(KeepsForBackward, RowStage, nn.Module):
     """`num_layers` dense layers, each reading all channels before it; on the CPU trained as a whole and, in evaluation
     without gradients, run as one operator, `dense_block`. Elsewhere torch runs it layer by layer.
 
@@ -122,9 +123,8 @@ class DenseBlock(KeepsForBackward, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
-            cells = self._trained_cells(x)
-            if cells is not None:
-                return train_dense_block(cells, x, self.memory)
+            if (rows := self.train_rows(x)) is not None:
+                return rows.contiguous(memory_format=memory_format_of(x))
         elif (whole := infer_dense_block(self, x)) is not None:
             return whole
         features = [to_torch_format(x)]
@@ -132,6 +132,10 @@ class DenseBlock(KeepsForBackward, nn.Module):
             assert layer is not None
             features.append(layer(features))
         return torch.cat(features, 1)
+
+    def train_rows(self, x: Tensor) -> Tensor | None:
+        cells = self._trained_cells(x)
+        return None if cells is None else train_dense_block(cells, x, self.memory)
 
     def train(self, mode: bool = True) -> DenseBlock:
         """`torch.nn.Module.train`, which also drops what is kept for inference."""

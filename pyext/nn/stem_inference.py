@@ -42,7 +42,7 @@ def stem_of(modules: Sequence[Any]) -> Sequence[Any]:
     count = 0
     while tuple(map(type, modules[count : count + 3])) == _LAYER and _is_layer(modules[count], 1 if count else 2):
         count += len(_LAYER)
-    if not count or count == len(modules) or not _is_pool(modules[count]):
+    if not count or count == len(modules) or not is_max_pool(modules[count]):
         return ()
     return modules[: count + 1]
 
@@ -57,7 +57,8 @@ def _is_layer(conv: nn.Conv2d, most_stride: int) -> bool:
     )
 
 
-def _is_pool(pool: Any) -> bool:
+def is_max_pool(pool: Any) -> bool:
+    """Whether `pool` takes maxima of windows of 3x3 at a stride of two, each centred on a position, and no more."""
     if type(pool) is not nn.MaxPool2d or pool.ceil_mode or pool.return_indices:
         return False
     extents = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)

@@ -15,6 +15,7 @@ its even rows and columns).
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -228,10 +229,42 @@ def bn_relu_pool(
     """avg_pool2d(relu(batch_norm(x)), 2) in training, on the CPU: what a 1x1 convolution before that pool may read.
 
     Arguments as of `bn_relu_conv2d`, x (N, C, H, W) with H and W at least 2. Of the maps in between none is kept for
-    the gradient. Returns (N, C, H // 2, W // 2) in x's dtype, NCHW.
+    the gradient. Returns (N, C, H // 2, W // 2) in x's dtype, NCHW; where images lie innermost in x, and so that
+    `bn_relu_conv2d` has kernels for that, they do in the result.
     """
+    return _run_pool(_OPS.bn_relu_conv2d_pool, x, norm_weight, norm_bias, running_mean, running_var, momentum, eps)
+
+
+def bn_relu_max_pool(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    *,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """max_pool2d(relu(batch_norm(x)), 3, 2, 1) in training, on the CPU: how networks for large images begin.
+
+    Arguments as of `bn_relu_conv2d`, x float32 or float64, read fastest in NCHW. Of the maps in between none is kept
+    for the gradient, and no indices. Returns (N, C, ceil(H / 2), ceil(W / 2)), images innermost.
+    """
+    return _run_pool(_OPS.bn_relu_conv2d_max_pool, x, norm_weight, norm_bias, running_mean, running_var, momentum, eps)
+
+
+def _run_pool(
+    op: Callable[..., Tensor],
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float,
+    eps: float,
+) -> Tensor:
     mean, var = batch_statistics(x, "cpu")
-    out = _OPS.bn_relu_conv2d_pool(x, norm_weight, norm_bias, mean, var, True, eps)
+    out = op(x, norm_weight, norm_bias, mean, var, True, eps)
     update_running(x, mean, var, running_mean, running_var, momentum)
     return out
 
@@ -266,19 +299,22 @@ def update_running(
 # --- registration of shapes and gradients -----------------------------------------------------------------------------
 
 
-def _in_rows(x, stride, groups):
-    """Whether the kernels of csrc/cpu/bn_relu_conv2d/rows.h have x: images lie innermost, and so they do in results."""
+def images_innermost(x):
+    """Whether every channel of x (N, C, H, W), several images, is one dense row of H x W x N elements."""
     n, _, height, width = x.shape
     return (
-        x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.float64)
-        and (stride, groups) == (1, 1)
-        and n > 1
+        n > 1
         and x.stride(0) == 1
         and (width == 1 or x.stride(3) == n)
         and (height == 1 or x.stride(2) == width * n)
         and x.stride(1) >= height * width * n
     )
+
+
+def _in_rows(x, stride=1, groups=1):
+    """Whether the kernels of csrc/cpu/bn_relu_conv2d/rows.h have x: images lie innermost, and so they do in results."""
+    fits = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and (stride, groups) == (1, 1)
+    return fits and images_innermost(x)
 
 
 def _new_map(x, channels, height, width, rows):
@@ -307,13 +343,20 @@ def _fake_backward(in_rows, grad_out, x, norm_weight, norm_bias, conv_weight, *o
 
 
 def _fake_pool(x, norm_weight, norm_bias, mean, var, training, eps):
-    n, channels, height, width = x.shape
-    return x.new_empty((n, channels, height // 2, width // 2))
+    _, channels, height, width = x.shape
+    return _new_map(x, channels, height // 2, width // 2, _in_rows(x))
 
 
-def _fake_pool_backward(grad_out, x, norm_weight, norm_bias, *options):
+def _fake_max_pool(x, norm_weight, norm_bias, mean, var, training, eps):
+    _, channels, height, width = x.shape
+    return _new_map(x, channels, (height + 1) // 2, (width + 1) // 2, True)
+
+
+def _fake_pool_backward(in_rows, grad_out, x, norm_weight, norm_bias, *options):
     wide = accumulate_dtype(x.dtype)
-    return x.new_empty(x.shape), *(x.new_empty((x.shape[1],), dtype=wide) for _ in range(2))
+    _, channels, height, width = x.shape
+    grad_x = _new_map(x, channels, height, width, in_rows(x))
+    return grad_x, *(x.new_empty((x.shape[1],), dtype=wide) for _ in range(2))
 
 
 def _setup_pool_context(ctx, inputs, output):
@@ -386,9 +429,10 @@ for _variant in ("", "_triton"):
 for _variant, _rows in (("", _in_rows), ("_triton", lambda *_: False)):
     _shapes = functools.partial(_fake, _rows), functools.partial(_fake_backward, _rows)
     register_differentiable("bn_relu_conv2d", *_shapes, _setup_context, _backward, [_variant])
-register_differentiable(
-    "bn_relu_conv2d_pool", _fake_pool, _fake_pool_backward, _setup_pool_context, _pool_backward, [""]
-)
+for _pool, _fake_out, _rows in (("pool", _fake_pool, _in_rows), ("max_pool", _fake_max_pool, lambda _: False)):
+    _fake_gradients = functools.partial(_fake_pool_backward, _rows)
+    _parts = _fake_out, _fake_gradients, _setup_pool_context, _pool_backward
+    register_differentiable(f"bn_relu_conv2d_{_pool}", *_parts, [""])
 torch.library.register_fake("pyext::bn_relu_conv2d_running")(lambda *_: None)
 torch.library.register_fake("pyext::bn_relu_conv2d_block")(_fake_block)
 torch.library.register_fake("pyext::bn_relu_conv2d_block_backward")(_fake_block_backward)

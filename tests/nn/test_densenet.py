@@ -62,7 +62,15 @@ def assert_alike(found, expected):
 
 
 def is_whole(out):
-    return type(out.grad_fn).__name__ == "_BlockBackward"
+    return nodes(out)[:2] == ["CloneBackward0", "_BlockBackward"]
+
+
+def nodes(out):
+    """Names of what autograd will run from `out` on, the nearest first."""
+    found = [out.grad_fn]
+    for node in found:
+        found += [before for before, _ in node.next_functions if before is not None and before not in found]
+    return [type(node).__name__ for node in found]
 
 
 @pytest.mark.parametrize("bn_size", BOTTLENECKS)
@@ -147,6 +155,93 @@ def test_a_whole_torchvision_network():
     assert list(fused.state_dict()) == list(original.state_dict())
     x = torch.randn(3, 3, 64, 64, dtype=torch.float64)
     assert_alike(step(fused, x), step(original, x))
+
+
+def stages():
+    """Stem after its convolution, blocks and transitions, as `accelerate` makes them of torchvision's."""
+    model = accelerate(draw(torchvision.models.DenseNet(8, (2, 1, 2), 12, num_classes=5)))
+    return model.features[1:-1]
+
+
+def stage_maps():
+    return image(3, 12, 15, 18)
+
+
+STAGES = ["_BlockBackward", "_BlockBackward", "_BlockBackward"]
+
+
+def fused_stages(out):
+    """Of blocks and pools those that run as operators with images innermost, the last first, up to a copy or one of
+    torch's convolutions."""
+    copy, *names = nodes(out)
+    inside = itertools.takewhile(lambda name: name not in ("CloneBackward0", "ConvolutionBackward0"), names)
+    return [name for name in inside if "Block" in name or "pool" in name] if copy == "CloneBackward0" else []
+
+
+def test_stages_hand_on_maps_with_images_innermost():
+    """No copy between them, and the stem's max-pool with them."""
+    out, expected = stages()(stage_maps().requires_grad_()), plain_step(stages(), stage_maps())
+    pool = "GeneratedBackwardFor_pyext_bn_relu_conv2d_{}pool_defaultBackward"
+    pools = pool.format(""), pool.format(""), pool.format("max_")
+    assert fused_stages(out) == [name for pair in zip(STAGES, pools, strict=True) for name in pair]
+    assert out.is_contiguous()
+    assert_alike(step(stages(), stage_maps()), expected)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_stages_keep_the_memory_format(layout):
+    x = stage_maps().contiguous(memory_format=layout)
+    assert stages()(x).is_contiguous(memory_format=layout)
+    assert_alike(step(stages(), x), plain_step(stages(), x))
+
+
+class Doubled(DenseBlock):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def doubled(m):
+    own = m.denseblock2
+    m.denseblock2 = Doubled(1, 14, 8, 4, dtype=torch.float64)
+    m.denseblock2.load_state_dict(own.state_dict())
+
+
+SEEN = {
+    "hook on a block": (lambda m: m.denseblock2.register_forward_hook(lambda *_: None), 1),
+    "hook that writes": (lambda m: m.denseblock1.register_forward_hook(lambda _, __, out: out.mul_(2)), 3),
+    "hook on a transition": (lambda m: m.transition1.register_forward_pre_hook(lambda *_: None), 3),
+    "hook in a transition": (lambda m: m.transition1.conv.register_forward_hook(lambda *_: None), 3),
+    "hook on a layer": (lambda m: m.denseblock2.denselayer1.register_forward_hook(lambda *_: None), 1),
+    "hook on the stem's pool": (lambda m: m.pool0.register_forward_hook(lambda *_: None), 5),
+    "another pool in the stem": (lambda m: setattr(m, "pool0", nn.MaxPool2d(3, 2, 0)), 5),
+    "frozen statistics in the stem": (lambda m: m.norm0.eval(), 5),
+    "frozen statistics in a transition": (lambda m: m.transition2.norm.eval(), 1),
+    "a block's class derived": (doubled, 1),
+}
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_stages_that_do_more_run_as_modules(name):
+    """Beside the block or the pool that does, also the transition behind such a block."""
+    change, count = SEEN[name]
+    module, changed = stages(), stages()
+    change(module), change(changed)
+    expected = plain_step(module, stage_maps())
+    assert len(fused_stages(copy.deepcopy(module)(stage_maps()))) == count
+    assert_alike(step(changed, stage_maps()), expected)
+
+
+def test_a_hook_sees_maps_as_without_the_operators():
+    seen = []
+    for kind in ("reference", "auto"):
+        module = stages()
+        for stage in (module.denseblock1, module.transition1, module.denseblock3):
+            stage.register_forward_hook(lambda _, x, out: seen.extend((x[0].clone(), out.clone())))
+        with backend(kind):
+            module(stage_maps())
+    for expected, found in zip(seen[:6], seen[6:], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+        assert found.is_contiguous() or found.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])

@@ -10,7 +10,7 @@ from layouts import MAPS, in_layout
 
 from pyext._backend import BackendError, backend
 from pyext.ops import bn_relu_conv2d
-from pyext.ops.bn_relu_conv2d import batch_statistics, bn_relu_pool, reference
+from pyext.ops.bn_relu_conv2d import batch_statistics, bn_relu_max_pool, bn_relu_pool, images_innermost, reference
 
 LAYERS = {
     "a1, squeeze": Layer(3, 36, 32, 32, 48),
@@ -324,6 +324,15 @@ def test_statistics_that_are_known_are_not_computed_again():
     torch.testing.assert_close(out, moved, rtol=1e-12, atol=1e-12)
 
 
+def pooled_reference(x, weight, bias, mean, var, *, momentum, **_):
+    z = torch.nn.functional.batch_norm(x, mean, var, weight, bias, True, momentum)
+    return torch.nn.functional.avg_pool2d(torch.relu(z), 2)
+
+
+def pooled(*tensors, momentum, **_):
+    return bn_relu_pool(*tensors, momentum=momentum)
+
+
 POOLED = {
     "a transition": Layer(3, 12, 16, 16, 1),
     "odd extents": Layer(2, 5, 7, 9, 1),
@@ -331,21 +340,100 @@ POOLED = {
 }
 
 
+@pytest.mark.parametrize("layout", ["nchw", "images innermost"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", POOLED)
-def test_a_pool_in_place_of_the_convolution(name, dtype):
+def test_a_pool_in_place_of_the_convolution(name, dtype, layout):
     layer = POOLED[name]
-    inputs, states = make_layer(layer, dtype)
+    inputs, states = make_layer(layer, dtype, layout=layout)
     del inputs["conv_weight"]
 
-    def pooled_reference(x, weight, bias, mean, var, *, momentum, **_):
-        z = torch.nn.functional.batch_norm(x, mean, var, weight, bias, True, momentum)
-        return torch.nn.functional.avg_pool2d(torch.relu(z), 2)
-
-    def pooled(*tensors, momentum, **_):
-        return bn_relu_pool(*tensors, momentum=momentum)
-
     assert_exact(layer, inputs, states, step(layer, inputs, states, pooled), pooled_reference)
+
+
+def max_pool_reference(x, weight, bias, mean, var, *, momentum, **_):
+    z = torch.nn.functional.batch_norm(x, mean, var, weight, bias, True, momentum)
+    return torch.nn.functional.max_pool2d(torch.relu(z), 3, 2, 1)
+
+
+def max_pooled(*tensors, momentum, **_):
+    return bn_relu_max_pool(*tensors, momentum=momentum)
+
+
+MAX_POOLED = {
+    **POOLED,
+    "a stem": Layer(16, 5, 32, 32, 1),
+    "more images than two vectors": Layer(19, 3, 6, 5, 1),
+    "one image": Layer(1, 4, 9, 8, 1),
+    "one position": Layer(3, 4, 1, 1, 1),
+    "one row": Layer(2, 4, 1, 21, 1),
+    "one column": Layer(2, 4, 20, 1, 1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", MAX_POOLED)
+def test_a_max_pool_in_place_of_the_convolution(name, dtype):
+    layer = MAX_POOLED[name]
+    inputs, states = make_layer(layer, dtype)
+    del inputs["conv_weight"]
+    found = step(layer, inputs, states, max_pooled)
+    running = [state.clone() for state in states.values()]
+    assert layer.batch == 1 or images_innermost(bn_relu_max_pool(*inputs.values(), *running))
+    assert_exact(layer, inputs, states, found, max_pool_reference)
+
+
+@pytest.mark.parametrize("layout", MAPS)
+@pytest.mark.parametrize(("ours", "plain"), [(max_pooled, max_pool_reference), (pooled, pooled_reference)])
+def test_pools_of_maps_in_any_layout(layout, ours, plain):
+    layer = Layer(3, 5, 7, 8, 1)
+    inputs, states = make_layer(layer, torch.float64, layout=layout)
+    del inputs["conv_weight"]
+    assert_exact(layer, inputs, states, step(layer, inputs, states, ours), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_of_equal_maxima_the_first_gets_the_gradient_and_nan_is_kept(dtype):
+    """In evaluation, where a NaN stays where it is: which of several values a window chooses."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-1, 3, (9, 4, 8, 7), generator=generator).to(dtype)
+    x[torch.rand(x.shape, generator=generator) < 0.1] = float("nan")
+    vectors = [torch.full((4,), value, dtype=dtype) for value in (1, 0, 0, 1)]
+    found, expected = (x.clone().requires_grad_() for _ in range(2))
+    out = torch.ops.pyext.bn_relu_conv2d_max_pool(found, *vectors, False, 0.0)
+    plain = torch.nn.functional.max_pool2d(torch.relu(expected), 3, 2, 1)
+    torch.testing.assert_close(out, plain, rtol=0, atol=0, equal_nan=True)
+    grad_out = torch.randn(plain.shape, generator=generator, dtype=dtype)
+    out.backward(grad_out), plain.backward(grad_out)
+    torch.testing.assert_close(found.grad, expected.grad)
+
+
+def test_a_max_pool_of_no_image_is_empty():
+    inputs, _ = make_layer(Layer(0, 4, 3, 3, 1), torch.float32)
+    vectors = [torch.ones(4)] * 4
+    x = inputs["x"].requires_grad_()
+    out = torch.ops.pyext.bn_relu_conv2d_max_pool(x, *vectors, True, 1e-5)
+    assert out.shape == (0, 4, 2, 2)
+    out.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, *rest: (x.bfloat16(), *rest), "kernels for float32 and float64"),
+        (lambda x, *rest: (x[0], *rest), "x must be a CPU tensor"),
+        (lambda x, *rest: (x[:, :, :0], *rest), "no window of 1x1"),
+        (lambda x, weight, *rest: (x, weight[1:], *rest), r"norm_weight has shape .3,., expected .4,."),
+        (lambda x, weight, *rest: (x, weight.double(), *rest), "norm_weight has another dtype"),
+    ],
+)
+def test_a_max_pool_refuses_what_it_cannot_read(change, message):
+    arguments = torch.randn(2, 4, 6, 5), *[torch.ones(4)] * 4
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.pyext.bn_relu_conv2d_max_pool(*change(*arguments), True, 1e-5)
+    with pytest.raises(RuntimeError, match="grad_out differs from the result"):
+        torch.ops.pyext.bn_relu_conv2d_max_pool_backward(arguments[0], *arguments, True, 1e-5)
 
 
 def test_wrong_statistics_are_named():

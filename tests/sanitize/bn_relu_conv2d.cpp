@@ -77,8 +77,12 @@ class Call {
       if (!Tensors::written(grad, s_.in_channels)) return "grad_norm";
     }
     if (!Tensors::written(grad_weight_, s_.weight_numel())) return "grad_conv_weight";
-    if (args_.rows) return run_addition(threads);
-    return s_.kernel == 1 && s_.height > 1 && s_.width > 1 ? run_pool(threads) : nullptr;
+    if (const char* unwritten = args_.rows ? run_addition(threads) : nullptr) return unwritten;
+    if (s_.kernel != 1) return nullptr;
+    args_.add = false;
+    args_.corrections = nullptr;
+    const char* unwritten = s_.height > 1 && s_.width > 1 ? run_pool(threads) : nullptr;
+    return unwritten || !std::is_same_v<S, T> ? unwritten : run_max_pool(threads);
   }
 
  private:
@@ -96,13 +100,30 @@ class Call {
   }
 
   const char* run_pool(int64_t threads) {
-    const int64_t height = s_.height / 2, width = s_.width / 2, pooled = s_.batch * s_.in_channels * height * width;
+    const Layout layout = args_.rows ? Layout::kImagesInnermost : Layout::kDense;
+    return run_pools({kernels().pool, kernels().pool_backward}, s_.height / 2, s_.width / 2, layout, threads);
+  }
+
+  const char* run_max_pool(int64_t threads) {
+    const int64_t numel = s_.batch * s_.in_channels * s_.positions();
+    args_.x = in_map(memory_.drawn<S>(numel, -1, 1), Layout::kDense);
+    args_.grad_x = in_map(grad_x_ = memory_.blank<S>(numel), Layout::kDense);
+    return run_pools({kernels().max_pool, kernels().max_pool_backward}, (s_.height + 1) / 2, (s_.width + 1) / 2,
+                     Layout::kImagesInnermost, threads);
+  }
+
+  using Kernel = void (*)(const BNReLUConv2d&, const Host&);
+
+  // The result, height x width, in `layout`.
+  const char* run_pools(std::initializer_list<Kernel> pools, int64_t height, int64_t width, Layout layout,
+                        int64_t threads) {
+    const int64_t pooled = s_.batch * s_.in_channels * height * width;
     args_.sizes.out_channels = s_.in_channels;
     args_.sizes.kernel = 0;
     S* to = memory_.blank<S>(pooled);
-    args_.out = map_of(to, s_.batch, s_.in_channels, height, width, Layout::kDense);
-    args_.grad_out = map_of(memory_.drawn<S>(pooled, -1, 1), s_.batch, s_.in_channels, height, width, Layout::kDense);
-    for (const auto kernel : {kernels().pool, kernels().pool_backward}) {
+    args_.out = map_of(to, s_.batch, s_.in_channels, height, width, layout);
+    args_.grad_out = map_of(memory_.drawn<S>(pooled, -1, 1), s_.batch, s_.in_channels, height, width, layout);
+    for (const Kernel kernel : pools) {
       CallMemory call;
       kernel(args_, call.host(threads));
     }

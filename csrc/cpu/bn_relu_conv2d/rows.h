@@ -133,11 +133,10 @@ void run_row_corrections(const BNReLUConv2d& args, const Host& host) {
   });
 }
 
-// The way back through ReLU and BN of channel c, whose x and dz are whole rows: writes the gradients of the
-// normalisation's parameters and of x.
+// The way back through ReLU and BN of channel c, whose x and dz are whole rows of `elements`, where dz is zero at those
+// that are no part of the map: writes the gradients of the normalisation's parameters and of x.
 template <typename T>
-void finish_row(const Convolution<T>& call, int64_t c, const T* x, const T* dz, T* grad_x) {
-  const int64_t elements = call.s.batch * call.s.positions();
+void finish_row(const Convolution<T>& call, int64_t c, int64_t elements, const T* x, const T* dz, T* grad_x) {
   RowSums<T> sums;
   const auto masked = [&](int64_t p, int64_t n, NormSums<T>& at) {
     return through_norm(call.norm(), c, load_first<T>(x + p, n), load_first<T>(dz + p, n), at);

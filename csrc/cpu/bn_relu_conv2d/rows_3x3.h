@@ -311,7 +311,7 @@ class RowsBackward3x3 {
         const T* row = x + y * z.width;
         z.write_row(y, i, [&](int64_t p, int64_t n) { return call_.norm().relu_of(load_first<T>(row + p, n), c); });
       }
-      finish_row(call_, c, x, memory.dz + i * memory.dz_pitch, grad_x_.row(c));
+      finish_row(call_, c, elements_, x, memory.dz + i * memory.dz_pitch, grad_x_.row(c));
     }
     add_grad_weight(z, count, memory);
     store_grad_weight(channels, memory);

@@ -473,7 +473,7 @@ class RowsWinogradBackward {
     add_grad_weight(channels, memory);
     if (!finish_grad_weight(channels, memory) || !spread_back(channels, memory)) return false;
     for (int64_t c = channels.begin; c < channels.end; ++c) {
-      finish_row(call_, c, x_.row(c), memory.dz + (c - channels.begin) * memory.dz_pitch, grad_x_.row(c));
+      finish_row(call_, c, elements_, x_.row(c), memory.dz + (c - channels.begin) * memory.dz_pitch, grad_x_.row(c));
     }
     return true;
   }

@@ -7,6 +7,7 @@ from typing import Any
 import hypothesis.strategies as st
 import torch
 from conv_inputs import Layer, make_layer
+from layouts import in_layout
 from torch import Tensor
 
 from described import Case, Description
@@ -97,12 +98,22 @@ def _pool_arguments(dtype: torch.dtype, training: bool, differentiable: bool) ->
 
 
 def _pool_sample(dtype: torch.dtype, training: bool) -> tuple[tuple, dict]:
+    x, *parameters = _pool_arguments(dtype, training, True)
+    return (in_layout(x.detach(), "images innermost").requires_grad_() if training else x, *parameters), {}
+
+
+def _max_pool_sample(dtype: torch.dtype, training: bool) -> tuple[tuple, dict]:
     return _pool_arguments(dtype, training, True), {}
 
 
 def _pool_backward_sample(dtype: torch.dtype, training: bool) -> tuple[tuple, dict]:
     arguments = _pool_arguments(dtype, training, False)
     return (torch.randn_like(torch.ops.pyext.bn_relu_conv2d_pool(*arguments)), *arguments), {}
+
+
+def _max_pool_backward_sample(dtype: torch.dtype, training: bool) -> tuple[tuple, dict]:
+    arguments = _pool_arguments(dtype, training, False)
+    return (torch.randn_like(torch.ops.pyext.bn_relu_conv2d_max_pool(*arguments)), *arguments), {}
 
 
 def _block_arguments(dtype: torch.dtype, training: bool) -> tuple:
@@ -158,6 +169,8 @@ DESCRIPTION = Description(
         "bn_relu_conv2d_backward": _backward_sample,
         "bn_relu_conv2d_pool": _pool_sample,
         "bn_relu_conv2d_pool_backward": _pool_backward_sample,
+        "bn_relu_conv2d_max_pool": _max_pool_sample,
+        "bn_relu_conv2d_max_pool_backward": _max_pool_backward_sample,
         "bn_relu_conv2d_running": _running_sample,
         "bn_relu_conv2d_block": _block_sample,
         "bn_relu_conv2d_block_backward": _block_backward_sample,
