@@ -43,9 +43,12 @@ struct StemScratch {
     planes = arena.take<T>(layers[0].inputs * read.channel + kStemSlack<T>);
     maps = arena.take<T>(maps_size);
     done = arena.take<int64_t>(count);
-    int64_t most_inputs = 0;
-    for (int64_t l = 1; l < count; ++l) most_inputs = std::max(most_inputs, layers[l].inputs);
-    tiles_size = TileScratch<T>::elements(most_inputs);
+    int64_t most_inputs = 0, most_outputs = 0;
+    for (int64_t l = 1; l < count; ++l) {
+      most_inputs = std::max(most_inputs, layers[l].inputs);
+      most_outputs = std::max(most_outputs, layers[l].outputs);
+    }
+    tiles_size = TileScratch<T>::elements(most_inputs, most_outputs);
     tiles = arena.take<T>(threads * tiles_size);
   }
 };
@@ -220,7 +223,7 @@ class Stem {
     if (rows.begin == rows.end) return;
     if (l == 0) return run_first(rows, scratch);
     const StemLayer<T>& layer = layers_[l];
-    const TileScratch<T> own(scratch.tiles + thread * scratch.tiles_size, layer.inputs);
+    const TileScratch<T> own(scratch.tiles + thread * scratch.tiles_size, layer.inputs, layer.outputs);
     const TiledWeights<T> weights{layer.weight, layer.tiled, layer.inputs, layer.outputs};
     convolve_tiles(tiles_, map(scratch, l - 1, 0), weights, rows, own,
                    [&](int64_t first, int64_t count, Range channels, int64_t pitch) {

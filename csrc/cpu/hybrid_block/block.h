@@ -42,7 +42,7 @@ struct BlockScratch {
     gates.carve(arena, call);
     strip_size = strips_size<T>(strip_lanes);
     strips = arena.take<T>(threads * strip_size);
-    tiles_size = tiled ? TileScratch<T>::elements(s.squeeze / s.groups) : sums_elements;
+    tiles_size = tiled ? TileScratch<T>::elements(s.squeeze / s.groups, s.growth / s.groups) : sums_elements;
     tiles = arena.take<T>(threads * tiles_size);
   }
 };
@@ -218,7 +218,8 @@ class Block {
                 int64_t thread, const Image<T>& u) const {
     if constexpr (L::kDepth == 1) {
       if (tiled_) {
-        const TileScratch<T> own(scratch.tiles + thread * scratch.tiles_size, s_.squeeze / s_.groups);
+        const TileScratch<T> own(scratch.tiles + thread * scratch.tiles_size, s_.squeeze / s_.groups,
+                                 s_.growth / s_.groups);
         return convolve_groups_by_tiles(s_, cell, tiles_, scratch.squeezed, groups, part_of(tiles_.rows, parts, part),
                                         own, u);
       }

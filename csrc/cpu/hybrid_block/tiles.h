@@ -38,13 +38,16 @@ struct Tiles {
   }
 };
 
-// B^T d B, d a vector of tiles from x on, of `channels` channels: to[place * pitch + c * step].
-template <typename T>
-inline void transform_inputs(const Planes& planes, const T* x, int64_t channels, T* to, int64_t step, int64_t pitch) {
+// B^T d B, d Vectors vectors of tiles from x on, of `channels` channels: to[place * pitch + (c * Vectors + v) *
+// kLanes].
+template <int Vectors, typename T>
+inline void transform_inputs(const Planes& planes, const T* x, int64_t channels, T* to, int64_t pitch) {
   const int64_t row[kTile] = {0, 2 * planes.size, planes.pitch, 2 * planes.size + planes.pitch};
   const int64_t column[kTile] = {0, planes.size, 1, planes.size + 1};
-  for (int64_t c = 0; c < channels; ++c, x += planes.channel, to += step) {
-    transform_input<T>([&](int i, int j) { return load<T>(x + row[i] + column[j]); }, to, pitch);
+  for (int64_t c = 0; c < channels; ++c, x += planes.channel) {
+    for (int v = 0; v < Vectors; ++v, to += kLanes<T>) {
+      transform_input<T>([&](int i, int j) { return load<T>(x + row[i] + column[j] + v * kLanes<T>); }, to, pitch);
+    }
   }
 }
 
@@ -92,43 +95,60 @@ struct TiledWeights {
 template <typename T>
 struct TileScratch {
   T* transformed;  // inputs
-  T* products;
-  T* results;  // [(output * kResults + result) * vectors]
+  T* products;     // of all outputs
+  T* results;      // [(output * kResults + result) * vectors]
 
-  static constexpr int64_t kTileSize = kTileOutputs * kMostVectors * kLanes<T>;
-
-  TileScratch(T* memory, int64_t most_inputs)
+  TileScratch(T* memory, int64_t most_inputs, int64_t most_outputs)
       : transformed(memory),
         products(transformed + kPlaces * pitch(most_inputs, kMostVectors)),
-        results(products + kPlaces * kTileSize) {}
+        results(products + kPlaces * pitch(most_outputs, kMostVectors)) {}
 
-  static int64_t elements(int64_t most_inputs) {
+  static int64_t elements(int64_t most_inputs, int64_t most_outputs) {
     // Rows of results are read up to two whole vectors.
-    return kPlaces * pitch(most_inputs, kMostVectors) + (kPlaces + kResults) * kTileSize + 2 * kLanes<T>;
+    return kPlaces * (pitch(most_inputs, kMostVectors) + pitch(most_outputs, kMostVectors)) +
+           (kResults * kTileOutputs * kMostVectors + 2) * kLanes<T>;
   }
 
-  // Not a power of two: the places of a vector would share few sets of the first-level cache.
-  static int64_t pitch(int64_t inputs, int64_t vectors) { return inputs * vectors * kLanes<T> + 64 / sizeof(T); }
+  // From one place to the next. Not a power of two: the places of a vector would share few sets of the first-level
+  // cache.
+  static int64_t pitch(int64_t channels, int64_t vectors) { return channels * vectors * kLanes<T> + 64 / sizeof(T); }
 };
 
-// to[((o * kResults + result) * Vectors + v) * kLanes] for Outputs channels from `channel` on.
+// Calls work(constant outputs, channels) in nearly equal tiles of the outputs.
+template <int Vectors, typename T, typename Work>
+inline void for_each_output_tile(const TiledWeights<T>& weights, Work work) {
+  const int64_t tiles = weights.output_tiles();
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const Range channels = part_of(weights.outputs, tiles, tile);
+    with_constant<kTileOutputs>(channels.end - channels.begin, [&](auto outputs) {
+      if constexpr (decltype(outputs)::value * Vectors <= kTileRegisters) work(outputs, channels);
+    });
+  }
+}
+
+// Of one place, Outputs channels' sums over the transformed inputs.
 template <int Vectors, int Outputs, typename T>
-PYEXT_OWN_REGISTERS void convolve_transformed(const TiledWeights<T>& weights, int64_t channel,
-                                              const TileScratch<T>& scratch) {
-  constexpr int64_t kPitch = Outputs * Vectors * kLanes<T>;
-  const int64_t pitch = TileScratch<T>::pitch(weights.inputs, Vectors);
+PYEXT_OWN_REGISTERS void multiply_place(const T* transformed, const T* weight, int64_t inputs, T* to) {
+  Vec<T> sum[Outputs][Vectors] = {};
+  multiply<Vectors, Outputs>(transformed, weight, inputs, sum);
+#pragma GCC unroll 8
+  for (int o = 0; o < Outputs; ++o) {
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) store<T>(to + (o * Vectors + v) * kLanes<T>, sum[o][v]);
+  }
+}
+
+// Place by place, whose inputs stay in the first-level cache for all outputs.
+template <int Vectors, typename T>
+inline void multiply_places(const TiledWeights<T>& weights, const TileScratch<T>& scratch) {
+  const int64_t inputs = weights.inputs, from = TileScratch<T>::pitch(inputs, Vectors),
+                to = TileScratch<T>::pitch(weights.outputs, Vectors);
   for (int place = 0; place < kPlaces; ++place) {
-    Vec<T> sum[Outputs][Vectors] = {};
-    multiply<Vectors, Outputs>(scratch.transformed + place * pitch,
-                               weights.transformed + (place * weights.outputs + channel) * weights.inputs,
-                               weights.inputs, sum);
-#pragma GCC unroll 8
-    for (int o = 0; o < Outputs; ++o) {
-#pragma GCC unroll 8
-      for (int v = 0; v < Vectors; ++v) {
-        store<T>(scratch.products + place * kPitch + (o * Vectors + v) * kLanes<T>, sum[o][v]);
-      }
-    }
+    for_each_output_tile<Vectors>(weights, [&](auto outputs, Range channels) {
+      multiply_place<Vectors, decltype(outputs)::value>(
+          scratch.transformed + place * from, weights.transformed + (place * weights.outputs + channels.begin) * inputs,
+          inputs, scratch.products + place * to + channels.begin * Vectors * kLanes<T>);
+    });
   }
 }
 
@@ -150,16 +170,18 @@ inline void convolve_plainly(const Tiles& tiles, const T* x, const TiledWeights<
   }
 }
 
-// Outputs channels from `channel` on at tiles whose inputs, from x on, were transformed, to scratch.results.
+// Outputs channels from `channel` on at tiles whose inputs lie from x on and whose products are there, to
+// scratch.results.
 template <int Vectors, int Outputs, typename T>
 inline void convolve_outputs(const Tiles& tiles, const T* x, const TiledWeights<T>& weights, int64_t channel,
                              const TileScratch<T>& scratch) {
-  convolve_transformed<Vectors, Outputs>(weights, channel, scratch);
+  const int64_t pitch = TileScratch<T>::pitch(weights.outputs, Vectors);
+  const T* products = scratch.products + channel * Vectors * kLanes<T>;
   Vec<T> all{};
   for (int o = 0; o < Outputs; ++o) {
     for (int v = 0; v < Vectors; ++v) {
       Vec<T> results[kStep][kStep];
-      transform_output(scratch.products + (o * Vectors + v) * kLanes<T>, Outputs * Vectors * kLanes<T>, results);
+      transform_output(products + (o * Vectors + v) * kLanes<T>, pitch, results);
 #pragma GCC unroll 4
       for (int r = 0; r < kResults; ++r) {
         store<T>(scratch.results + ((o * kResults + r) * Vectors + v) * kLanes<T>, results[r / kStep][r % kStep]);
@@ -176,25 +198,18 @@ template <typename T, typename Put>
 inline void convolve_tiles(const Tiles& tiles, const T* x, const TiledWeights<T>& weights, Range rows,
                            const TileScratch<T>& scratch, Put put) {
   const Range lanes = tiles.lanes(rows);
-  const int64_t length = weights.vectors() * kLanes<T>, output_tiles = weights.output_tiles();
+  const int64_t length = weights.vectors() * kLanes<T>;
   for (int64_t first = lanes.begin; first < lanes.end; first += length) {
     const int64_t count = lanes.end - first < length ? lanes.end - first : length;
     with_constant<kMostVectors>((count + kLanes<T> - 1) / kLanes<T>, [&](auto vectors) {
       constexpr int kVectors = decltype(vectors)::value;
-      for (int v = 0; v < kVectors; ++v) {
-        transform_inputs(tiles.planes, x + first + v * kLanes<T>, weights.inputs, scratch.transformed + v * kLanes<T>,
-                         kVectors * kLanes<T>, TileScratch<T>::pitch(weights.inputs, kVectors));
-      }
-      for (int64_t tile = 0; tile < output_tiles; ++tile) {
-        const Range channels = part_of(weights.outputs, output_tiles, tile);
-        with_constant<kTileOutputs>(channels.end - channels.begin, [&](auto outputs) {
-          constexpr int kOutputs = decltype(outputs)::value;
-          if constexpr (kOutputs * kVectors <= kTileRegisters) {
-            convolve_outputs<kVectors, kOutputs>(tiles, x + first, weights, channels.begin, scratch);
-          }
-        });
+      transform_inputs<kVectors>(tiles.planes, x + first, weights.inputs, scratch.transformed,
+                                 TileScratch<T>::pitch(weights.inputs, kVectors));
+      multiply_places<kVectors>(weights, scratch);
+      for_each_output_tile<kVectors>(weights, [&](auto outputs, Range channels) {
+        convolve_outputs<kVectors, decltype(outputs)::value>(tiles, x + first, weights, channels.begin, scratch);
         put(first, count, channels, kVectors * kLanes<T>);
-      }
+      });
     });
   }
 }
