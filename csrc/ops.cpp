@@ -94,6 +94,8 @@ STABLE_TORCH_LIBRARY(pyext, m) {
         ", *, Tensor(a!) out) -> (Tensor map_statistics, Tensor hidden_statistics)");
   m.def("gated_excitation_triton_out(" GATED_EXCITATION_INPUTS
         ", *, Tensor(a!) out) -> (Tensor map_statistics, Tensor hidden_statistics)");
+  // As gated_excitation with `save`, its result written into `out`.
+  m.def("gated_excitation_into(" GATED_EXCITATION_INPUTS ", *, Tensor(a!) out) -> (" GATED_EXCITATION_SAVED ")");
   m.def("gated_excitation_backward" GATED_EXCITATION_BACKWARD);
   m.def("gated_excitation_backward_triton" GATED_EXCITATION_BACKWARD);
   m.def("hybrid_block" HYBRID_BLOCK);
