@@ -298,6 +298,11 @@ def _fake_statistics(x):
     return tuple(vectors)
 
 
+def _fake_moments(x, *inputs):
+    out = _fake(lambda *_: False, x, *inputs)
+    return out, *_fake_statistics(out)
+
+
 def _fake_backward(in_rows, grad_out, x, norm_weight, norm_bias, conv_weight, *options):
     wide = accumulate_dtype(x.dtype)
     parameters = (norm_weight, norm_bias, conv_weight)
@@ -389,6 +394,7 @@ for _variant, _rows in (("", _in_rows), ("_triton", lambda *_: False)):
 register_differentiable(
     "bn_relu_conv2d_pool", _fake_pool, _fake_pool_backward, _setup_pool_context, _pool_backward, [""]
 )
+torch.library.register_fake("pyext::bn_relu_conv2d_moments")(_fake_moments)
 torch.library.register_fake("pyext::bn_relu_conv2d_running")(lambda *_: None)
 torch.library.register_fake("pyext::bn_relu_conv2d_block")(_fake_block)
 torch.library.register_fake("pyext::bn_relu_conv2d_block_backward")(_fake_block_backward)
