@@ -10,6 +10,8 @@
   "float eps, int stride, int groups"
 #define BN_RELU_CONV2D "(" BN_RELU_CONV2D_INPUTS ") -> Tensor"
 #define BN_RELU_CONV2D_STATISTICS "(Tensor x) -> (Tensor mean, Tensor var)"
+// The result with its own batch statistics, NCHW.
+#define BN_RELU_CONV2D_MOMENTS "(" BN_RELU_CONV2D_INPUTS ") -> (Tensor out, Tensor out_mean, Tensor out_var)"
 #define BN_RELU_CONV2D_BACKWARD              \
   "(Tensor grad_out, " BN_RELU_CONV2D_INPUTS \
   ") -> (Tensor grad_x, Tensor grad_norm_weight, Tensor grad_norm_bias, Tensor grad_conv_weight)"
@@ -76,6 +78,7 @@ STABLE_TORCH_LIBRARY(pyext, m) {
   m.def("bn_relu_conv2d_triton" BN_RELU_CONV2D);
   m.def("bn_relu_conv2d_statistics" BN_RELU_CONV2D_STATISTICS);
   m.def("bn_relu_conv2d_statistics_triton" BN_RELU_CONV2D_STATISTICS);
+  m.def("bn_relu_conv2d_moments" BN_RELU_CONV2D_MOMENTS);
   m.def("bn_relu_conv2d_backward" BN_RELU_CONV2D_BACKWARD);
   m.def("bn_relu_conv2d_backward_triton" BN_RELU_CONV2D_BACKWARD);
   m.def("bn_relu_conv2d_block" BN_RELU_CONV2D_BLOCK);
@@ -96,6 +99,8 @@ STABLE_TORCH_LIBRARY(pyext, m) {
         ", *, Tensor(a!) out) -> (Tensor map_statistics, Tensor hidden_statistics)");
   m.def("gated_excitation_triton_out(" GATED_EXCITATION_INPUTS
         ", *, Tensor(a!) out) -> (Tensor map_statistics, Tensor hidden_statistics)");
+  // As gated_excitation with `save`, its result written into `out`.
+  m.def("gated_excitation_into(" GATED_EXCITATION_INPUTS ", *, Tensor(a!) out) -> (" GATED_EXCITATION_SAVED ")");
   m.def("gated_excitation_backward" GATED_EXCITATION_BACKWARD);
   m.def("gated_excitation_backward_triton" GATED_EXCITATION_BACKWARD);
   m.def("hybrid_block" HYBRID_BLOCK);

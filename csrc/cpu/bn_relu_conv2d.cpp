@@ -153,6 +153,22 @@ Tensor forward(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bi
   return out;
 }
 
+std::tuple<Tensor, Tensor, Tensor> forward_moments(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias,
+                                                   const Tensor& conv_weight, const Tensor& mean, const Tensor& var,
+                                                   bool training, double eps, int64_t stride, int64_t groups) {
+  Inputs inputs(x, norm_weight, norm_bias, conv_weight, mean, var, training, eps, stride, groups);
+  const Sizes& s = inputs.args.sizes;
+  const Tensor out = new_map(x, false, s.batch, s.out_channels, s.out_height(), s.out_width());
+  const Tensor out_mean = new_vector(x, s.out_channels), out_var = new_vector(x, s.out_channels);
+  inputs.args.rows = false;
+  inputs.args.out = map_of(out);
+  inputs.args.out_mean = out_mean.data_ptr();
+  inputs.args.out_var = out_var.data_ptr();
+  CallMemory memory;
+  selected_bn_relu_conv2d().forward(inputs.args, memory.host());
+  return {out, out_mean, out_var};
+}
+
 // The gradients of the parameters: norm_weight, norm_bias, conv_weight.
 using ParameterGradients = std::tuple<Tensor, Tensor, Tensor>;
 
@@ -307,6 +323,7 @@ STABLE_TORCH_LIBRARY_IMPL(pyext, CPU, m) {
   m.impl("bn_relu_conv2d", TORCH_BOX(&forward));
   m.impl("bn_relu_conv2d_statistics", TORCH_BOX(&statistics));
   m.impl("bn_relu_conv2d_backward", TORCH_BOX(&backward));
+  m.impl("bn_relu_conv2d_moments", TORCH_BOX(&forward_moments));
   m.impl("bn_relu_conv2d_pool", TORCH_BOX(&pool));
   m.impl("bn_relu_conv2d_pool_backward", TORCH_BOX(&pool_backward));
   m.impl("bn_relu_conv2d_max_pool", TORCH_BOX(&max_pool));

@@ -22,6 +22,9 @@ struct BNReLUConv2d {
   void* mean;
   void* var;
   Map out;
+  // In the accumulate type, or null: where the forward pass writes the batch statistics of its result.
+  void* out_mean;
+  void* out_var;
   Map grad_out;
   Map grad_x;
   // In the accumulate type.

@@ -156,6 +156,14 @@ std::tuple<Tensor, Tensor> forward_out(const Tensor& u, const std::vector<Tensor
   return {std::get<4>(result), std::get<5>(result)};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_into(const Tensor& u, const std::vector<Tensor>& parameters,
+                                                                const std::vector<Tensor>& running, bool training,
+                                                                double eps, const Tensor& out) {
+  check_like(out, u, "out");
+  const Forward result = run_forward(u, parameters, running, training, eps, /*save=*/true, out);
+  return {std::get<1>(result), std::get<2>(result), std::get<3>(result), std::get<4>(result), std::get<5>(result)};
+}
+
 const void* saved_data(const Tensor& tensor, int64_t numel, DType dtype, const char* name) {
   STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous() && tensor.numel() == numel &&
                       tensor.scalar_type() == accumulate_type(dtype),
@@ -195,6 +203,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_out, const Tensor& u, con
 STABLE_TORCH_LIBRARY_IMPL(pyext, CPU, m) {
   m.impl("gated_excitation", TORCH_BOX(&forward));
   m.impl("gated_excitation_out", TORCH_BOX(&forward_out));
+  m.impl("gated_excitation_into", TORCH_BOX(&forward_into));
   m.impl("gated_excitation_backward", TORCH_BOX(&backward));
 }
 

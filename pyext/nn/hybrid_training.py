@@ -76,7 +76,7 @@ class _Block(torch.autograd.Function):
         for module in range(extents.modules):
             own = tensors[module * len(TENSORS) : (module + 1) * len(TENSORS)]
             end = channels + extents.growth
-            buffer[:, channels:end], kept = _compute_module(buffer, moments, channels, own, extents, eps)
+            kept = _compute_module(buffer, moments, channels, own, extents, eps, buffer[:, channels:end])
             _move_running(own, moments[:, :channels], kept, momentum, extents)
             saved += [] if lean else kept
             if module + 1 < extents.modules:
@@ -112,7 +112,7 @@ class _Block(torch.autograd.Function):
             first = module * len(TENSORS)
             own, kept = tensors[first : first + len(TENSORS)], saved[module * _SAVED : (module + 1) * _SAVED]
             if not saved:
-                _, kept = _compute_module(buffer, moments, channels, own, extents, ctx.eps)
+                kept = _compute_module(buffer, moments, channels, own, extents, ctx.eps)
             above = whole(channels, channels + extents.growth)
             into = grad[:, :channels], corrections[:channels]
             below = buffer[:, :channels], moments[:, :channels]
@@ -122,15 +122,22 @@ class _Block(torch.autograd.Function):
 
 
 def _compute_module(
-    buffer: Tensor, moments: Tensor, channels: int, tensors: Sequence[Tensor], extents: Extents, eps: float
-) -> tuple[Tensor, list[Tensor]]:
-    """What the module makes of the first `channels` of the buffer, and what its gradient needs (`_SAVED` tensors)."""
+    buffer: Tensor,
+    moments: Tensor,
+    channels: int,
+    tensors: Sequence[Tensor],
+    extents: Extents,
+    eps: float,
+    out: Tensor | None = None,
+) -> list[Tensor]:
+    """What the gradient of a module needs that reads the first `channels` of the buffer (`_SAVED` tensors). What the
+    module makes of them is written into `out`."""
     mean, var = moments[0, :channels], moments[1, :channels]
-    squeezed = _cell(tensors, 0).run(buffer[:, :channels], mean, var, eps)
-    squeezed_moments: tuple[Tensor, Tensor] = _OPS.bn_relu_conv2d_statistics(squeezed)
+    squeezed, *squeezed_moments = _cell(tensors, 0).run_noting(buffer[:, :channels], mean, var, eps)
     u = _cell(tensors, 5).run(squeezed, *squeezed_moments, eps, extents.groups)
-    out, *gates = _OPS.gated_excitation(u, list(tensors[_GATES]), [], True, eps, True)
-    return out, [squeezed, *squeezed_moments, u, *gates]
+    out = torch.empty_like(u) if out is None else out
+    gates = _OPS.gated_excitation_into(u, list(tensors[_GATES]), [], True, eps, out=out)
+    return [squeezed, *squeezed_moments, u, *gates]
 
 
 def _move_running(

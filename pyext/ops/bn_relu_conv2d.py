@@ -334,6 +334,11 @@ def _fake_statistics(x):
     return tuple(vectors)
 
 
+def _fake_moments(x, *inputs):
+    out = _fake(lambda *_: False, x, *inputs)
+    return out, *_fake_statistics(out)
+
+
 def _fake_backward(in_rows, grad_out, x, norm_weight, norm_bias, conv_weight, *options):
     wide = accumulate_dtype(x.dtype)
     parameters = (norm_weight, norm_bias, conv_weight)
@@ -433,6 +438,7 @@ for _pool, _fake_out, _rows in (("pool", _fake_pool, _in_rows), ("max_pool", _fa
     _fake_gradients = functools.partial(_fake_pool_backward, _rows)
     _parts = _fake_out, _fake_gradients, _setup_pool_context, _pool_backward
     register_differentiable(f"bn_relu_conv2d_{_pool}", *_parts, [""])
+torch.library.register_fake("pyext::bn_relu_conv2d_moments")(_fake_moments)
 torch.library.register_fake("pyext::bn_relu_conv2d_running")(lambda *_: None)
 torch.library.register_fake("pyext::bn_relu_conv2d_block")(_fake_block)
 torch.library.register_fake("pyext::bn_relu_conv2d_block_backward")(_fake_block_backward)

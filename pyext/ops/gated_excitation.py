@@ -355,6 +355,11 @@ def _fake_out(u, parameters, running, training, eps, *, out):
     return _empty_outputs(u, parameters, training, save=False)[3:]
 
 
+def _fake_into(u, parameters, running, training, eps, *, out):
+    validate(u, parameters, running, training)
+    return _empty_outputs(u, parameters, training, save=True)
+
+
 def _fake_backward(grad_out, u, parameters, running, *saved_training_eps):
     numel = sum(p.numel() for p in parameters)
     return torch.empty_like(u), u.new_empty((numel,), dtype=accumulate_dtype(u.dtype))
@@ -432,3 +437,4 @@ register_triton("gated_excitation_backward_triton", _triton_backward)
 for _variant in ("", "_triton"):
     torch.library.register_fake(f"pyext::gated_excitation{_variant}_out")(_fake_out)
 register_triton("gated_excitation_triton_out", _triton_out)
+torch.library.register_fake("pyext::gated_excitation_into")(_fake_into)

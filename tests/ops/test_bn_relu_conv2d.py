@@ -333,6 +333,20 @@ def pooled(*tensors, momentum, **_):
     return bn_relu_pool(*tensors, momentum=momentum)
 
 
+@pytest.mark.parametrize("layout", ["nchw", "channels_last", "images innermost"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["channels and positions that fill no tile", "a1, third block", "no image"])
+def test_statistics_of_the_result_are_those_of_a_call_of_their_own(name, dtype, layout):
+    layer = LAYERS[name]
+    inputs, _ = make_layer(layer, dtype, layout=layout)
+    arguments = *inputs.values(), *batch_statistics(inputs["x"]), True, 1e-5, layer.stride, layer.groups
+    out, mean, var = torch.ops.pyext.bn_relu_conv2d_moments(*arguments)
+    expected = torch.ops.pyext.bn_relu_conv2d(*arguments)
+    torch.testing.assert_close(out, expected)
+    assert out.is_contiguous()
+    assert all(torch.equal(a, b) for a, b in zip((mean, var), batch_statistics(out), strict=True))
+
+
 POOLED = {
     "a transition": Layer(3, 12, 16, 16, 1),
     "odd extents": Layer(2, 5, 7, 9, 1),

@@ -61,6 +61,13 @@ class Call {
       kernel(args_, call.host(threads));
     }
     if (!args_.rows) {
+      args_.out_mean = memory_.blank<T>(s_.out_channels);
+      args_.out_var = memory_.blank<T>(s_.out_channels);
+      CallMemory call;
+      kernels().forward(args_, call.host(threads));
+      for (const void* noted : {args_.out_mean, args_.out_var}) {
+        if (!Tensors::written(static_cast<const T*>(noted), s_.out_channels)) return "statistics of the result";
+      }
       args_.add = true;
       args_.corrections = memory_.drawn<double>(2 * s_.in_channels, -1, 1);
       for (const auto kernel : {kernels().backward, kernels().correct}) {

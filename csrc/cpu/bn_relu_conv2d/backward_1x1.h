@@ -77,22 +77,31 @@ class PointwiseBackward {
         tiles_(s_.out_channels),
         grad_x_(args, call_),
         sums_(host, s_.batch, s_.in_channels),
-        transposed_(shared_zeros<T>(host, round_up_to_tiles(s_.in_channels) * s_.out_channels)),
+        transposed_(shared<T>(host, round_up_to_tiles(s_.in_channels) * s_.out_channels)),
         tasks_(task_count(host, s_.batch)),
-        grad_weight_(shared<double>(host, tasks_ * s_.weight_numel())) {
-    for (int64_t c = 0; c < s_.in_channels; ++c) {
-      T* to = transposed_ + c / kTileOutputs * kTileOutputs * s_.out_channels + c % kTileOutputs;
-      for (int64_t o = 0; o < s_.out_channels; ++o) to[o * kTileOutputs] = call_.weight()[o * s_.in_channels + c];
-    }
-  }
+        grad_weight_(shared<double>(host, tasks_ * s_.weight_numel())) {}
 
   void run() const {
+    const int64_t tiles = round_up_to_tiles(s_.in_channels) / kTileOutputs;
+    parallel_ranges(call_.host, tiles, [&](Range some, int64_t) {
+      for (int64_t tile = some.begin; tile < some.end; ++tile) transpose_weight(tile * kTileOutputs);
+    });
     parallel_ranges(call_.host, s_.batch, [&](Range images, int64_t task) { run_images(images, task); });
-    merge_grad_weight();
+    parallel_ranges(call_.host, s_.out_channels, [&](Range outputs, int64_t) { merge_grad_weight(outputs); });
     finish_norm<S>(call_, sums_, grad_x_);
   }
 
  private:
+  // Of a tile of input channels.
+  void transpose_weight(int64_t channel) const {
+    T* to = transposed_ + channel * s_.out_channels;
+    const int64_t count = std::min<int64_t>(s_.in_channels - channel, kTileOutputs);
+    for (int64_t o = 0; o < s_.out_channels; ++o, to += kTileOutputs) {
+      const T* from = call_.weight() + o * s_.in_channels + channel;
+      for (int64_t r = 0; r < kTileOutputs; ++r) to[r] = r < count ? from[r] : T(0);
+    }
+  }
+
   void run_images(Range images, int64_t task) const {
     const auto memory = carve_scratch<PointwiseMemory<T>>(call_.host, s_, tiles_);
     double* total = grad_weight_ + task * s_.weight_numel();
@@ -215,13 +224,17 @@ class PointwiseBackward {
     std::memset(memory.grad_weight, 0, memory.rows * tiles_.outputs() * sizeof(T));
   }
 
-  void merge_grad_weight() const {
+  void merge_grad_weight(Range outputs) const {
+    constexpr int64_t kAtOnce = 8;  // rows of the result, of which lines stay in cache
     T* to = static_cast<T*>(call_.args.grad_conv_weight);
-    for (int64_t c = 0; c < s_.in_channels; ++c) {
-      for (int64_t o = 0; o < s_.out_channels; ++o) {
-        double sum = 0;
-        for (int64_t t = 0; t < tasks_; ++t) sum += grad_weight_[t * s_.weight_numel() + c * s_.out_channels + o];
-        to[o * s_.in_channels + c] = static_cast<T>(sum);
+    for (int64_t first = outputs.begin; first < outputs.end; first += kAtOnce) {
+      const int64_t end = std::min(first + kAtOnce, outputs.end);
+      for (int64_t c = 0; c < s_.in_channels; ++c) {
+        for (int64_t o = first; o < end; ++o) {
+          double sum = 0;
+          for (int64_t t = 0; t < tasks_; ++t) sum += grad_weight_[t * s_.weight_numel() + c * s_.out_channels + o];
+          to[o * s_.in_channels + c] = static_cast<T>(sum);
+        }
       }
     }
   }

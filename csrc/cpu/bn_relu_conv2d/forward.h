@@ -7,24 +7,46 @@
 namespace pyext::cpu::PYEXT_CAPABILITY {
 namespace {
 
+// Of every image of a map, and merged.
+template <typename T>
+class BatchMoments {
+ public:
+  BatchMoments(const Host& host, int64_t batch, const Extent& extent)
+      : batch_(batch),
+        extent_(extent),
+        pitch_(round_up<T>(extent.channels)),
+        moments_(shared<double>(host, 2 * batch * pitch_)) {}
+
+  void set(int64_t n, const Image<const T>& image) const {
+    image_moments(image, extent_, pitch_, moments_ + 2 * n * pitch_);
+  }
+
+  // Zeros where there is no image.
+  void merge(void* mean, void* var) const {
+    T *means = static_cast<T*>(mean), *vars = static_cast<T*>(var);
+    if (batch_ > 0) return merge_moments(moments_, batch_, extent_, pitch_, means, vars);
+    std::fill_n(means, extent_.channels, T(0));
+    std::fill_n(vars, extent_.channels, T(0));
+  }
+
+ private:
+  int64_t batch_;
+  Extent extent_;
+  int64_t pitch_;
+  double* moments_;
+};
+
 template <typename S>
 void run_batch_statistics(const BNReLUConv2d& args, const Host& host) {
   using T = Accumulate<S>;
   const ConvolutionSizes& s = args.sizes;
   const Extent extent{s.in_channels, s.height, s.width};
-  const int64_t pitch = round_up<T>(s.in_channels);
-  T *mean = static_cast<T*>(args.mean), *var = static_cast<T*>(args.var);
-  if (s.batch == 0) {
-    std::fill_n(mean, s.in_channels, T(0));
-    std::fill_n(var, s.in_channels, T(0));
-    return;
-  }
-  double* moments = shared<double>(host, 2 * s.batch * pitch);
+  const BatchMoments<T> moments(host, s.batch, extent);
   parallel_images(host, s.batch, [&](int64_t n) {
     T* scratch = static_cast<T*>(host.scratch(s.in_channels * round_up<T>(s.positions()) * sizeof(T)));
-    image_moments(load_image<S>(args.x, n, s.batch, extent, scratch), extent, pitch, moments + 2 * n * pitch);
+    moments.set(n, load_image<S>(args.x, n, s.batch, extent, scratch));
   });
-  merge_moments(moments, s.batch, extent, pitch, mean, var);
+  moments.merge(args.mean, args.var);
 }
 
 template <typename T>
@@ -55,6 +77,7 @@ class ForwardPass {
       : call_(args, host),
         s_(args.sizes),
         planes_(separate_planes<T>(s_)),
+        moments_(host, args.out_mean ? s_.batch : 0, call_.out_extent()),
         in_rows_(s_.kernel == 3 && s_.out_width() % kLanes<T> == 0),
         block_(in_rows_ ? channels_in_cache<T>(planes_, s_.group_inputs()) : s_.in_channels) {
     if (s_.kernel == 1) pad_weight();
@@ -65,11 +88,17 @@ class ForwardPass {
     parallel_ranges(call_.host, s_.batch, [&](Range images, int64_t) {
       const auto memory = carve_scratch<ForwardMemory<T>>(call_.host, s_, planes_, block_);
       std::memset(memory.planes, 0, memory.planes_size * sizeof(T));
-      for (int64_t n = images.begin; n < images.end; ++n) run_image(n, memory);
+      for (int64_t n = images.begin; n < images.end; ++n) {
+        run_image(n, memory);
+        if (noted()) moments_.set(n, load_image<S>(call_.args.out, n, s_.batch, call_.out_extent(), memory.out));
+      }
     });
+    if (noted()) moments_.merge(call_.args.out_mean, call_.args.out_var);
   }
 
  private:
+  bool noted() const { return call_.args.out_mean; }
+
   void run_image(int64_t n, const ForwardMemory<T>& memory) const {
     const Map& to = call_.args.out;
     const Image<const T> x = load_image<S>(call_.args.x, n, s_.batch, call_.in_extent(), memory.x);
@@ -193,10 +222,11 @@ class ForwardPass {
   Convolution<T> call_;
   ConvolutionSizes s_;
   Planes planes_;
-  bool in_rows_;           // whether each row of a 3x3 convolution's result is whole vectors
-  int64_t block_;          // channels whose planes there are at a time
-  T* padded_ = nullptr;    // the weight of a 1x1 convolution
-  T* arranged_ = nullptr;  // the weight where in_rows_
+  BatchMoments<T> moments_;  // of the result, where they are noted
+  bool in_rows_;             // whether each row of a 3x3 convolution's result is whole vectors
+  int64_t block_;            // channels whose planes there are at a time
+  T* padded_ = nullptr;      // the weight of a 1x1 convolution
+  T* arranged_ = nullptr;    // the weight where in_rows_
 };
 
 }  // namespace

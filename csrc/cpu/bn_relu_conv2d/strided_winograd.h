@@ -328,7 +328,8 @@ constexpr bool has_strided_winograd = std::is_same_v<S, float>;
 inline bool suits_strided_winograd(const BNReLUConv2d& args, const Map& result) {
   constexpr int64_t kTransform = 100;
   const ConvolutionSizes& s = args.sizes;
-  if (s.kernel != 3 || s.stride != 2 || s.groups != 1 || s.batch == 0 || args.add) return false;
+  if (s.kernel != 3 || s.stride != 2 || s.groups != 1 || s.batch == 0) return false;
+  if (args.add || args.out_mean) return false;
   if (!has_plane_rows(args.x, {s.in_channels, s.height, s.width}) ||
       !has_plane_rows(result, {s.out_channels, s.out_height(), s.out_width()})) {
     return false;

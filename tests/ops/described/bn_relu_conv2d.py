@@ -86,6 +86,10 @@ def _statistics_sample(dtype: torch.dtype, training: bool) -> tuple[tuple, dict]
     return _arguments(dtype, training, False)[:1], {}
 
 
+def _moments_sample(dtype: torch.dtype, training: bool) -> tuple[tuple, dict]:
+    return _arguments(dtype, training, False), {}
+
+
 def _backward_sample(dtype: torch.dtype, training: bool) -> tuple[tuple, dict]:
     arguments = _arguments(dtype, training, False)
     return (torch.randn_like(torch.ops.pyext.bn_relu_conv2d(*arguments)), *arguments), {}
@@ -166,6 +170,7 @@ DESCRIPTION = Description(
     samples={
         "bn_relu_conv2d": _forward_sample,
         "bn_relu_conv2d_statistics": _statistics_sample,
+        "bn_relu_conv2d_moments": _moments_sample,
         "bn_relu_conv2d_backward": _backward_sample,
         "bn_relu_conv2d_pool": _pool_sample,
         "bn_relu_conv2d_pool_backward": _pool_backward_sample,

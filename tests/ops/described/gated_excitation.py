@@ -89,6 +89,7 @@ DESCRIPTION = Description(
     samples={
         "gated_excitation": _forward_sample,
         "gated_excitation_out": _out_sample,
+        "gated_excitation_into": _out_sample,
         "gated_excitation_backward": _backward_sample,
     },
     # A constant added to every logit leaves a softmax unchanged.
