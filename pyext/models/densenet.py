@@ -32,7 +32,7 @@ class DenseNet(Backbone):
         if depth < 7 or (depth - 4) % 3:
             raise ValueError(f"DenseNet: depth is {depth}, expected 3n + 4 such as 40 or 100")
         channels = 16
-        self.features = nn.Sequential(OrderedDict(conv0=nn.Conv2d(3, channels, 3, padding=1, bias=False)))
+        self.features = BNReLUConvSequential(OrderedDict(conv0=nn.Conv2d(3, channels, 3, padding=1, bias=False)))
         for stage in (1, 2, 3):
             layers = (depth - 4) // 3
             self.features.add_module(f"denseblock{stage}", DenseBlock(layers, channels, growth_rate, bn_size=0))

@@ -1,4 +1,4 @@
-"""When DenseNet's blocks and transitions run as the operator `dense_block`, and the constants that modules keep.
+"""When DenseNet's blocks and transitions run as the operator `dense_block`, and what is kept of their modules.
 
 Constants are made again when a tensor has changed: another one in its place, or written to in place, which its version
 tells. A write through ``.data`` leaves the version as it was; `forget`, which a change of mode calls, drops them.
@@ -47,6 +47,9 @@ class _Kept(NamedTuple):
         )
 
 
+_REMEMBERED = -1
+"""Where `remembered` keeps, beside places of modules."""
+
 _kept: weakref.WeakKeyDictionary[nn.Module, dict[int, _Kept]] = weakref.WeakKeyDictionary()
 
 
@@ -72,6 +75,28 @@ def infer_dense_block(block: Any, x: Tensor) -> Tensor | None:
         return [cell for layer in layers for cell in layer] if alike and usual else []
 
     return _run(block, 0, parts, cells, x)
+
+
+def remembered(block: nn.Module, find: Callable[[], Any]) -> Any:
+    """What `find` gives, which looks through the submodules of `block`; found again when what they hold, other than
+    tensors' values, dtypes and devices, has changed."""
+    own = _kept.setdefault(block, {})
+    found = own.get(_REMEMBERED)
+    if found is None or not found.holds():
+        parts = [part for part in block.modules() if part is not block]
+        found = _Kept(*_seen(block, parts), [], [], find())
+        if all(parameter.is_leaf for parameter in block.parameters()):  # others hold what they were computed from
+            own[_REMEMBERED] = found
+    return found.constants
+
+
+def _seen(
+    owner: nn.Module, parts: Sequence[nn.Module]
+) -> tuple[tuple[dict[Any, Any], ...], tuple[tuple[Any, ...], ...], Sequence[nn.Module], tuple[type, ...]]:
+    """The first four of `_Kept`."""
+    # Of the owner, its submodules alone: with a reference to itself it would never be collected.
+    dictionaries = (owner._modules, *(held for part in parts for held in dictionaries_of(part)))
+    return dictionaries, contents(dictionaries), parts, tuple(map(type, parts))
 
 
 def infer_transition(owner: nn.Module, place: int, modules: Sequence[Any], x: Tensor) -> Tensor | None:
@@ -156,14 +181,12 @@ def _may_run(x: Tensor) -> bool:
 def _keep(
     owner: nn.Module, parts: Sequence[nn.Module], cells: Cells, make: Callable[[Cells, list[Tensor]], Any]
 ) -> _Kept:
-    # Of the owner, its submodules alone: with a reference to itself it would never be collected.
-    dictionaries = (owner._modules, *(held for part in parts for held in dictionaries_of(part)))
-    items = contents(dictionaries)
+    seen = _seen(owner, parts)
     tensors = [tensor for cell in cells for tensor in _tensors_of(*cell)]
     if any(tensor.is_inference() for tensor in tensors):  # those have no version
         cells, tensors = [], []
     constants = make(cells, tensors) if cells and _evaluates(cells, tensors) else None
-    return _Kept(dictionaries, items, parts, tuple(map(type, parts)), tensors, versions(tensors), constants)
+    return _Kept(*seen, tensors, versions(tensors), constants)
 
 
 def _tensors_of(norm: Any, conv: Any) -> list[Tensor]:

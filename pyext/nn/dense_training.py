@@ -22,56 +22,77 @@ _PARAMETERS = 3
 """Of a cell: weight and bias of the normalisation, weight of the convolution."""
 
 
-class _Plan(NamedTuple):
-    """What a block's autograd function knows of its cells besides their parameters."""
+class TrainedBlock(NamedTuple):
+    """The cells of a block as its operators take them."""
 
+    parameters: list[Tensor]
+    running: list[Tensor]
+    """Mean and variance of each cell's normalisation."""
+    steps: list[Tensor]
+    """Each normalisation's ``num_batches_tracked``."""
     layers: list[int]
     """Cells of each layer, one or two."""
     eps: list[float]
     """Of each cell's normalisation."""
-    lean: bool
+    momentum: float
+    """Of all normalisations."""
+
+    @classmethod
+    def of(cls, cells: Sequence[Sequence[tuple[Any, Any]]]) -> TrainedBlock:
+        """That of layers of (BatchNorm2d, Conv2d) pairs with one momentum."""
+        pairs = [cell for layer in cells for cell in layer]
+        parameters = [tensor for norm, conv in pairs for tensor in (norm.weight, norm.bias, conv.weight)]
+        norms = [norm for norm, _ in pairs]
+        return cls(
+            parameters,
+            running=[tensor for norm in norms for tensor in (norm.running_mean, norm.running_var)],
+            steps=[norm.num_batches_tracked for norm in norms],
+            layers=list(map(len, cells)),
+            eps=[norm.eps for norm in norms],
+            momentum=norms[0].momentum,
+        )
+
+    def reads(self, x: Tensor) -> bool:
+        """Whether x (N, C, H, W) has the channels and the dtype of the block's tensors, as they are now."""
+        alike = all(tensor.dtype is x.dtype for tensor in (*self.parameters, *self.running))
+        dense = all(tensor.is_contiguous() for tensor in self.running)
+        return alike and dense and self.parameters[0].shape[0] == x.shape[1]
 
 
-def train_dense_block(cells: Sequence[Sequence[tuple[Any, Any]]], x: Tensor, memory: str = "fast") -> Tensor:
-    """x (N, C, H, W) with the channels behind it that layers of `cells`, pairs (BatchNorm2d, Conv2d), add to it in
-    training mode; differentiable once. Running statistics are moved as torch's. Images lie innermost in the result,
-    which is kept for the gradient: nothing may write to it.
+def train_dense_block(block: TrainedBlock, x: Tensor, memory: str = "fast") -> Tensor:
+    """x (N, C, H, W) with the channels behind it that the layers of `block` add to it in training mode; differentiable
+    once. Running statistics are moved as torch's. Images lie innermost in the result, which is kept for the gradient:
+    nothing may write to it.
     `memory`: see `pyext.nn.set_memory`.
     """
-    norms, convolutions = zip(*(cell for layer in cells for cell in layer), strict=True)
-    plan = _Plan(list(map(len, cells)), [norm.eps for norm in norms], memory == "lean")
-    pairs = zip(norms, convolutions, strict=True)
-    parameters = [tensor for norm, conv in pairs for tensor in (norm.weight, norm.bias, conv.weight)]
-    return _Block.apply(norms, plan, x, *parameters)
+    return _Block.apply(block, memory == "lean", x, *block.parameters)
 
 
-def _move_running(norms: Sequence[Any], moments: Sequence[Tensor], count: int) -> None:
-    """Of all normalisations, whose momentum is one, towards the moments over `count` values of their channels, each
-    the first of those given: (2, channels)."""
-    running = [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var)]
-    _OPS.bn_relu_conv2d_running(running, moments, count, norms[0].momentum)
-    torch.autograd.graph.increment_version(running)
-    steps: list[Any] = [norm.num_batches_tracked for norm in norms]
+def _move_running(block: TrainedBlock, moments: Sequence[Tensor], count: int) -> None:
+    """Towards the moments over `count` values of the channels of each normalisation, the first of those given:
+    (2, channels)."""
+    _OPS.bn_relu_conv2d_running(block.running, moments, count, block.momentum)
+    torch.autograd.graph.increment_version(block.running)
+    steps: Any = block.steps
     torch._foreach_add_(steps, 1)
 
 
 class _Block(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, norms: Sequence[Any], plan: _Plan, x: Tensor, *parameters: Tensor) -> Tensor:
-        buffer, moments, kept = _OPS.bn_relu_conv2d_block(x, parameters, plan.layers, plan.eps)
+    def forward(ctx: Any, block: TrainedBlock, lean: bool, x: Tensor, *parameters: Tensor) -> Tensor:
+        buffer, moments, kept = _OPS.bn_relu_conv2d_block(x, parameters, block.layers, block.eps)
         own = iter(kept[1::2])
-        used = [moments if cell == 0 else next(own) for count in plan.layers for cell in range(count)]
-        _move_running(norms, used, x.shape[0] * x.shape[2] * x.shape[3])
-        ctx.plan, ctx.channels = plan, x.shape[1]
-        ctx.save_for_backward(buffer, moments, *parameters, *([] if plan.lean else kept))
+        used = [moments if cell == 0 else next(own) for count in block.layers for cell in range(count)]
+        _move_running(block, used, x.shape[0] * x.shape[2] * x.shape[3])
+        ctx.layers, ctx.eps, ctx.channels = block.layers, block.eps, x.shape[1]
+        ctx.save_for_backward(buffer, moments, *parameters, *([] if lean else kept))
         return buffer
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        plan: _Plan = ctx.plan
         buffer, moments, *rest = ctx.saved_tensors
-        count = len(plan.eps) * _PARAMETERS
-        cells = rest[:count], plan.layers, plan.eps
+        count = len(ctx.eps) * _PARAMETERS
+        cells = rest[:count], ctx.layers, ctx.eps
         grad, grads = _OPS.bn_relu_conv2d_block_backward(grad_out, buffer, moments, rest[count:], *cells)
         return None, None, grad[:, : ctx.channels], *grads

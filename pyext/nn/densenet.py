@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from pyext.nn.bn_relu_conv2d import computes_the_operator
-from pyext.nn.dense_inference import forget, infer_dense_block
-from pyext.nn.dense_training import train_dense_block
+from pyext.nn.dense_inference import forget, infer_dense_block, remembered
+from pyext.nn.dense_training import TrainedBlock, train_dense_block
 from pyext.nn.hooks import has_forward_hooks
 from pyext.nn.lean import KeepsForBackward, checked_memory
 from pyext.nn.memory_format import memory_format_of, to_torch_format, trains_on_the_cpu
@@ -134,8 +134,10 @@ class DenseBlock(KeepsForBackward, RowStage, nn.Module):
         return torch.cat(features, 1)
 
     def train_rows(self, x: Tensor) -> Tensor | None:
-        cells = self._trained_cells(x)
-        return None if cells is None else train_dense_block(cells, x, self.memory)
+        if not (trains_on_the_cpu(x) and OPERATOR.runs("cpu", x)):
+            return None
+        block = remembered(self, self._trained)
+        return train_dense_block(block, x, self.memory) if block is not None and block.reads(x) else None
 
     def train(self, mode: bool = True) -> DenseBlock:
         """`torch.nn.Module.train`, which also drops what is kept for inference."""
@@ -155,17 +157,14 @@ class DenseBlock(KeepsForBackward, RowStage, nn.Module):
             found.append(cells)
         return found or None
 
-    def _trained_cells(self, x: Tensor) -> list[list[tuple[Any, Any]]] | None:
-        """The layers' cells where the block trains as a whole."""
-        if not (trains_on_the_cpu(x) and OPERATOR.runs("cpu", x)):
+    def _trained(self) -> TrainedBlock | None:
+        """What trains as a whole: all layers, in training mode and with one momentum."""
+        cells = self.layer_cells()
+        if cells is None:
             return None
-        found = self.layer_cells()
-        if found is None or found[0][0][0].num_features != x.shape[1]:
-            return None
-        cells = [cell for layer in found for cell in layer]
-        momentum = cells[0][0].momentum
-        same = all(norm.training and norm.momentum == momentum and _is_of(norm, conv, x.dtype) for norm, conv in cells)
-        return found if same else None
+        norms = [norm for layer in cells for norm, _ in layer]
+        alike = all(norm.training and norm.momentum == norms[0].momentum for norm in norms)
+        return TrainedBlock.of(cells) if alike else None
 
 
 def _follow(cells: Sequence[tuple[Any, Any]], channels: int | None) -> bool:
@@ -175,9 +174,3 @@ def _follow(cells: Sequence[tuple[Any, Any]], channels: int | None) -> bool:
             return False
         channels = conv.out_channels
     return True
-
-
-def _is_of(norm: Any, conv: Any, dtype: torch.dtype) -> bool:
-    running = norm.running_mean, norm.running_var
-    alike = all(tensor.dtype == dtype for tensor in (norm.weight, conv.weight, *running))
-    return alike and all(tensor.is_contiguous() for tensor in running)

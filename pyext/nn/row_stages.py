@@ -19,6 +19,9 @@ from pyext.nn.stem_inference import is_max_pool
 from pyext.ops.bn_relu_conv2d import OPERATOR, bn_relu_max_pool
 
 _STEM = (nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d)
+_LEAST_IMAGES = 3
+"""For `bn_relu_max_pool`, whose vectors hold images: forward and backward on 64 maps of 32x32, two threads, of AVX2, it
+takes 1.2 of torch's time on 2 images, 0.8 on 3 and 4, 0.3 on 16."""
 
 
 class RowStage:
@@ -61,6 +64,8 @@ def _begins(modules: Sequence[Any], x: Any) -> bool:
     if seen or not is_max_pool(pool) or not normalises(norm) or not norm.training:
         return False
     if not isinstance(x, Tensor) or not trains_on_the_cpu(x) or 0 in x.shape or x.shape[1] != norm.num_features:
+        return False
+    if x.shape[0] < _LEAST_IMAGES:
         return False
     alike = {norm.weight.dtype, norm.running_mean.dtype} == {x.dtype}
     return alike and x.is_contiguous() and OPERATOR.runs("cpu", x)

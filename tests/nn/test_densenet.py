@@ -1,7 +1,9 @@
 """DenseNet's blocks trained as a whole, against the same submodules run by plain torch."""
 
 import copy
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -338,6 +340,51 @@ def test_what_the_operators_do_not_compute_runs_by_submodules(name):
     module = block()
     CHANGED[name](module)
     assert_alike(step(module, image()), expected)
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_changes_after_a_step_are_seen(name):
+    modules = block(), block()
+    for module in modules:
+        assert is_whole(module(image()))
+        CHANGED[name](module)
+    assert not is_whole(copy.deepcopy(modules[0])(image()))
+    assert_alike(step(modules[0], image()), plain_step(modules[1], image()))
+
+
+def test_other_tensors_after_a_step_are_seen():
+    modules = block(), block()
+    for module in modules:
+        module(image())
+        norm = module.denselayer2.norm1
+        norm.weight, norm.bias = nn.Parameter(2 * norm.weight.detach()), nn.Parameter(1 + norm.bias.detach())
+        norm.running_mean = torch.zeros_like(norm.running_mean)
+    assert is_whole(copy.deepcopy(modules[0])(image()))
+    assert_alike(step(modules[0], image()), plain_step(modules[1], image()))
+
+
+def test_another_dtype_after_a_step_is_seen():
+    module = block()
+    module(image())
+    assert is_whole(module.float()(image().float()))
+    with pytest.raises(RuntimeError):
+        module(image())
+
+
+def test_parameters_that_were_computed_are_not_kept():
+    module, x = block(), image()
+    computed = {name: 2 * parameter for name, parameter in module.named_parameters()}
+    seen = weakref.ref(computed["denselayer1.conv1.weight"])
+    found = torch.func.functional_call(module, computed, (x,))
+    plain = block()
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.mul_(2)
+    assert is_whole(found)
+    torch.testing.assert_close(found, plain(x))
+    del computed, found
+    gc.collect()
+    assert seen() is None
 
 
 def test_dropout_runs_by_submodules_and_is_seeded_as_torchvision_s():

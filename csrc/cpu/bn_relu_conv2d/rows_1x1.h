@@ -80,11 +80,11 @@ __attribute__((noinline)) void spread_strip(const T* weight, const T* dy, int64_
                                        Result::kReplaced);
 }
 
-// dW^T += z dy^T, whose lanes are output channels.
+// dW^T of a chunk, z dy^T, whose lanes are output channels.
 template <int Rows, typename T>
-__attribute__((noinline)) void add_panel(const T* z, int64_t z_pitch, const T* dy, int64_t positions, T* to,
-                                         int64_t to_pitch) {
-  product_tile<T, Rows, kStripVectors>({z, z_pitch, 1}, dy, kStripLength<T>, to, to_pitch, positions, Result::kAdded);
+__attribute__((noinline)) void multiply_panel(const T* z, int64_t z_pitch, const T* dy, int64_t positions, T* to,
+                                              int64_t to_pitch, Result result) {
+  product_tile<T, Rows, kStripVectors>({z, z_pitch, 1}, dy, kStripLength<T>, to, to_pitch, positions, result);
 }
 
 // A task has channels of x. A chunk of positions of dy lies in the second-level cache in both forms that the products
@@ -113,6 +113,9 @@ class RowsBackward1x1 {
   }
 
  private:
+  // Whether there are positions enough for sums in double precision.
+  bool flushed() const { return elements_ > kFlushElements; }
+
   struct Memory {
     T* weight;  // [tile][output][kTileOutputs]
     T* strips;
@@ -120,7 +123,7 @@ class RowsBackward1x1 {
     T* z;           // [kTileOutputs][kChunk]
     T* dz;          // the same
     T* sums;        // of dW^T since the last flush: [channel][pitch]
-    double* total;  // the same
+    double* total;  // the same, where there is more than one flush
     double* norm;   // sum of dz and of dz (x - mean): [channel][2]
     int64_t tiles, pitch;
 
@@ -134,7 +137,7 @@ class RowsBackward1x1 {
       z = arena.take<T>(kTileOutputs * kChunk);
       dz = arena.take<T>(kTileOutputs * kChunk);
       sums = arena.take<T>(channels * pitch);
-      total = arena.take<double>(channels * pitch);
+      total = arena.take<double>(of.flushed() ? channels * pitch : 0);
       norm = arena.take<double>(2 * channels);
     }
   };
@@ -145,8 +148,7 @@ class RowsBackward1x1 {
     for (int64_t t = 0; t < memory.tiles; ++t) {
       pack_weight(channels.begin + tile(t).begin, memory.weight + t * outputs * kTileOutputs);
     }
-    std::memset(memory.sums, 0, count * memory.pitch * sizeof(T));
-    std::memset(memory.total, 0, count * memory.pitch * sizeof(double));
+    if (flushed()) std::memset(memory.total, 0, count * memory.pitch * sizeof(double));
     std::memset(memory.norm, 0, 2 * count * sizeof(double));
     for (int64_t chunk = 0; chunk < elements_; chunk += kChunk) {
       const Range positions{chunk, std::min(elements_, chunk + kChunk)};
@@ -158,7 +160,8 @@ class RowsBackward1x1 {
                                           memory.weight + t * outputs * kTileOutputs, memory);
         });
       }
-      if (positions.end % kFlushElements == 0 || positions.end == elements_) flush(count * memory.pitch, memory);
+      const bool flushes = positions.end % kFlushElements == 0 || positions.end == elements_;
+      if (flushed() && flushes) flush(count * memory.pitch, memory);
     }
     for (int64_t i = 0; i < count; ++i) finish_channel(channels.begin + i, memory.norm + 2 * i);
     store_grad_weight(channels, memory);
@@ -207,9 +210,10 @@ class RowsBackward1x1 {
       pass_back(positions, task + first + i, memory.dz + i * kChunk, memory.z + i * kChunk,
                 memory.norm + 2 * (first + i));
     }
+    const Result result = positions.begin % kFlushElements == 0 ? Result::kReplaced : Result::kAdded;
     for (int64_t panel = 0; panel < panels_; ++panel) {
-      add_panel<Rows>(memory.z, kChunk, memory.panels + panel * kChunk * kStrip, count,
-                      memory.sums + first * memory.pitch + panel * kStrip, memory.pitch);
+      multiply_panel<Rows>(memory.z, kChunk, memory.panels + panel * kChunk * kStrip, count,
+                           memory.sums + first * memory.pitch + panel * kStrip, memory.pitch, result);
     }
   }
 
@@ -247,7 +251,6 @@ class RowsBackward1x1 {
 
   static void flush(int64_t numel, const Memory& memory) {
     for (int64_t i = 0; i < numel; ++i) memory.total[i] += memory.sums[i];
-    std::memset(memory.sums, 0, numel * sizeof(T));
   }
 
   void finish_channel(int64_t c, const double* sums) const {
@@ -264,7 +267,9 @@ class RowsBackward1x1 {
   void store_grad_weight(Range channels, const Memory& memory) const {
     const int64_t count = channels.end - channels.begin, outputs = call_.s.out_channels, inputs = call_.s.in_channels;
     const int64_t whole = count / kLanes<T> * kLanes<T>;
-    for (int64_t i = 0; i < count * memory.pitch; ++i) memory.sums[i] = static_cast<T>(memory.total[i]);
+    if (flushed()) {
+      for (int64_t i = 0; i < count * memory.pitch; ++i) memory.sums[i] = static_cast<T>(memory.total[i]);
+    }
     T* to = static_cast<T*>(call_.args.grad_conv_weight) + channels.begin;
     transpose_matrix(memory.sums, memory.pitch, memory.sums + count * memory.pitch, whole, outputs, to, inputs);
     for (int64_t o = 0; o < outputs; ++o) {
