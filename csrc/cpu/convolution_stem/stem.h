@@ -14,7 +14,7 @@ namespace {
 
 namespace cs = convolution_stem;
 
-constexpr int64_t kBandRows = 4;                // of tiles, which a layer goes down at a time
+constexpr int64_t kBandRows = 6;                // of tiles, which a layer goes down at a time
 constexpr int64_t kWindowRows = kBandRows + 2;  // of a layer's planes: a band, the row above it and the one below
 
 // Behind the planes of all channels: tiles read on there.
