@@ -42,6 +42,22 @@ inline void transform_input(At at, T* to, int64_t place) {
   sums(1, 3, true, to + 3 * kTile * place);
 }
 
+// The same, for loads that cost more than registers: each element is read once, before anything is written.
+template <typename T, typename At>
+inline void transform_input_read_once(At at, T* to, int64_t place) {
+  Vec<T> t[kTile][kTile];
+#pragma GCC unroll 4
+  for (int j = 0; j < kTile; ++j) {
+    const Vec<T> a = at(0, j), b = at(1, j), c = at(2, j), d = at(3, j);
+    t[0][j] = a - c;
+    t[1][j] = b + c;
+    t[2][j] = c - b;
+    t[3][j] = b - d;
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kTile; ++i) store_transform<T>(t[i], to + i * kTile * place, place);
+}
+
 // A^T m A of vectors of results, with A^T = (1 1 1 0; 0 1 -1 -1).
 template <typename T>
 inline void transform_output(const T* m, int64_t place, Vec<T> (&to)[kStep][kStep]) {

@@ -1,4 +1,6 @@
-// A stem on one image after another: convolutions with normalisation and ReLU, then the pool.
+// A stem on rows of one image after another: convolutions with normalisation and ReLU, then the pool. All layers go
+// down the image together, each a little ahead of the next, so that what lies between them is a window of a few rows
+// that stays in the second-level cache.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +14,8 @@ namespace {
 
 namespace cs = convolution_stem;
 
-constexpr int64_t kBandRows = 4;  // of tiles, which go through all layers together
+constexpr int64_t kBandRows = 6;                // of tiles, which a layer goes down at a time
+constexpr int64_t kWindowRows = kBandRows + 2;  // of a layer's planes: a band, the row above it and the one below
 
 // Behind the planes of all channels: tiles read on there.
 template <typename T>
@@ -24,32 +27,36 @@ struct StemLayer {
   const T* weight;
   T* tiled;  // kPlaces x outputs x inputs; of all layers but the first
   int64_t inputs, outputs;
-  int64_t place;  // of its result among the maps
+  int64_t window;  // where its result's lies among the windows
 };
 
-// Memory of one image in work, and of the threads that work on it.
+// How far a layer has come with an image, in rows of tiles.
+struct StemProgress {
+  int64_t done;   // the next row
+  int64_t first;  // of the image's planes, at the top of the window
+};
+
+// Memory of a thread.
 template <typename T>
 struct StemScratch {
-  T* image;       // where the tensor's own memory cannot serve
-  T* planes;      // of the image
-  T* maps;        // planes of all layers' results
-  int64_t* done;  // of each layer, rows of tiles
-  T* tiles;       // one of tiles_size per thread
-  int64_t tiles_size;
+  T* image;    // where the tensor's own memory cannot serve
+  T* planes;   // of a window of the image
+  T* windows;  // of all layers' results
+  StemProgress* progress;
+  T* tiles;
 
-  void carve(Arena& arena, const StemLayer<T>* layers, int64_t count, int64_t positions, const Planes& read,
-             int64_t maps_size, int64_t threads) {
+  void carve(Arena& arena, const StemLayer<T>* layers, int64_t count, int64_t positions, int64_t planes_size,
+             int64_t windows_size) {
     image = arena.take<T>(layers[0].inputs * round_up<T>(positions));
-    planes = arena.take<T>(layers[0].inputs * read.channel + kStemSlack<T>);
-    maps = arena.take<T>(maps_size);
-    done = arena.take<int64_t>(count);
+    planes = arena.take<T>(planes_size);
+    windows = arena.take<T>(windows_size);
+    progress = arena.take<StemProgress>(count);
     int64_t most_inputs = 0, most_outputs = 0;
     for (int64_t l = 1; l < count; ++l) {
       most_inputs = std::max(most_inputs, layers[l].inputs);
       most_outputs = std::max(most_outputs, layers[l].outputs);
     }
-    tiles_size = TileScratch<T>::elements(most_inputs, most_outputs);
-    tiles = arena.take<T>(threads * tiles_size);
+    tiles = arena.take<T>(TileScratch<T>::elements(most_inputs, most_outputs));
   }
 };
 
@@ -62,25 +69,25 @@ class Stem {
       : args_(args),
         host_(host),
         s_(args.sizes),
-        read_(s_.height, s_.width, s_.stride),
-        tiles_(s_.map_height(), s_.map_width()) {
+        rows_(s_.out_height()),
+        read_(s_.stride * (kStep * kBandRows - 1) + 1, s_.width, s_.stride),
+        tiles_(kStep * (kWindowRows - 1), s_.map_width()) {
     layers_ = static_cast<StemLayer<T>*>(host.shared(host.self, s_.layers * sizeof(StemLayer<T>)));
     for (int64_t l = 0; l < s_.layers; ++l) prepare(l);
-    for (int r = 0; r < kResults; ++r) inside_[r] = inside(r);
+    for (int j = 0; j < kStep; ++j) inside_[j] = inside(j);
   }
 
+  // Threads share the rows of all images: of one that several work on, each does those above its own again.
   void forward() {
-    // Fewer images than threads: all threads work on one image, layer by layer.
-    if (s_.batch < host_.threads) {
-      const StemScratch<T> scratch = carve(host_.threads);
-      for (int64_t n = 0; n < s_.batch; ++n) run_together(n, scratch);
-      return;
-    }
     parallel(host_, host_.threads, [&](int64_t thread) {
-      const Range images = part_of(s_.batch, host_.threads, thread);
-      if (images.begin == images.end) return;
-      const StemScratch<T> scratch = carve(1);
-      for (int64_t n = images.begin; n < images.end; ++n) run_alone(n, scratch);
+      const Range own = part_of(s_.batch * rows_, host_.threads, thread);
+      if (own.begin == own.end) return;
+      const StemScratch<T> scratch = carve();
+      for (int64_t row = own.begin; row < own.end;) {
+        const int64_t n = row / rows_, first = n * rows_, end = std::min(own.end, first + rows_);
+        run(n, {row - first, end - first}, scratch);
+        row = end;
+      }
     });
   }
 
@@ -100,8 +107,8 @@ class Stem {
     const T *weight = tensor(l, cs::kNormWeight), *var = tensor(l, cs::kNormVar);
     T* scale = shared<T>(host_, layer.outputs);
     for (int64_t c = 0; c < layer.outputs; ++c) scale[c] = weight[c] / std::sqrt(var[c] + static_cast<T>(args_.eps));
-    layer.place = maps_size_;
-    maps_size_ += layer.outputs * tiles_.planes.channel + kStemSlack<T>;
+    layer.window = windows_size_;
+    windows_size_ += layer.outputs * tiles_.planes.channel + kStemSlack<T>;
     layer.norm = {tensor(l, cs::kNormMean), tensor(l, cs::kNormBias), scale};
     if (l == 0) return;
     const int64_t kernels = layer.outputs * layer.inputs;
@@ -109,87 +116,97 @@ class Stem {
     transform_kernels(layer.weight, kernels, layer.tiled);
   }
 
-  // Of all lanes of tiles, those whose result r lies in the map.
-  const LaneMask<T>* inside(int r) const {
-    const int64_t length = tiles_.rows * tiles_.planes.pitch + kMostVectors * kLanes<T>;
+  // Of the lanes of a window's tiles, those whose results in column j lie in the map.
+  const LaneMask<T>* inside(int j) const {
+    const int64_t length = kWindowRows * tiles_.planes.pitch + kMostVectors * kLanes<T>;
     auto* mask = shared_zeros<LaneMask<T>>(host_, length);
-    for (int64_t y = 0; y < tiles_.rows && kStep * y + r / kStep < tiles_.height; ++y) {
-      for (int64_t x = 0; x < tiles_.columns && kStep * x + r % kStep < tiles_.width; ++x) {
-        mask[y * tiles_.planes.pitch + x] = -1;
-      }
+    for (int64_t y = 0; y < kWindowRows; ++y) {
+      for (int64_t x = 0; kStep * x + j < tiles_.width; ++x) mask[y * tiles_.planes.pitch + x] = -1;
     }
     return mask;
   }
 
-  StemScratch<T> carve(int64_t threads) const {
+  StemScratch<T> carve() const {
+    const int64_t planes_size = layers_[0].inputs * read_.channel + kStemSlack<T>;
     const auto scratch =
-        carve_scratch<StemScratch<T>>(host_, layers_, s_.layers, s_.height * s_.width, read_, maps_size_, threads);
-    std::memset(scratch.planes, 0, (layers_[0].inputs * read_.channel + kStemSlack<T>)*sizeof(T));
-    for (int64_t l = 0; l < s_.layers; ++l) {
-      for (int64_t c = 0; c < layers_[l].outputs; ++c) clear_border(map(scratch, l, c));
-      std::memset(map(scratch, l, layers_[l].outputs), 0, kStemSlack<T> * sizeof(T));
-    }
+        carve_scratch<StemScratch<T>>(host_, layers_, s_.layers, s_.height * s_.width, planes_size, windows_size_);
+    // The columns around the maps, and what vectors read behind a window.
+    std::memset(scratch.planes, 0, planes_size * sizeof(T));
+    std::memset(scratch.windows, 0, windows_size_ * sizeof(T));
     return scratch;
   }
 
-  // Planes of a channel of layer l's result.
-  T* map(const StemScratch<T>& scratch, int64_t l, int64_t c) const {
-    return scratch.maps + layers_[l].place + c * tiles_.planes.channel;
+  // The planes of a channel of layer l's result.
+  T* window(const StemScratch<T>& scratch, int64_t l, int64_t c) const {
+    return scratch.windows + layers_[l].window + c * tiles_.planes.channel;
   }
 
-  // What lies around the map in a channel's planes.
-  void clear_border(T* channel) const {
-    const Planes& planes = tiles_.planes;
-    const int64_t rows = planes.size / planes.pitch;
-    for (int64_t y = 0; y < kStep * rows; ++y) {
-      const bool outside = y == 0 || y > tiles_.height;
-      for (int64_t x = 0; x < kStep * planes.pitch; x = outside || x > 0 ? x + 1 : tiles_.width + 1) {
-        channel[planes.place(y, x)] = 0;
-      }
-    }
-  }
-
-  void run_alone(int64_t n, const StemScratch<T>& scratch) const {
+  // Rows of pooled results of image n. A row of tiles reads the first row of results of the next one, and the pool the
+  // last one of the row above.
+  void run(int64_t n, Range rows, const StemScratch<T>& scratch) const {
     const Image<const T> image = image_of(n, scratch);
-    write_image(image, {0, s_.channels}, scratch);
-    std::fill_n(scratch.done, s_.layers, 0);
-    for (int64_t rows = 0; rows < tiles_.rows; rows += kBandRows) {
-      const int64_t end = std::min(rows + kBandRows, tiles_.rows);
-      for (int64_t l = 0; l < s_.layers; ++l) {
-        // A tile reads the first row of the next one's results.
-        const int64_t until = std::min(end + s_.layers - 1 - l, tiles_.rows);
-        run_layer(l, {scratch.done[l], until}, scratch, 0);
-        scratch.done[l] = until;
-      }
-      pool(n, {rows, end}, scratch);
-    }
-  }
-
-  void run_together(int64_t n, const StemScratch<T>& scratch) const {
-    const Image<const T> image = image_of(n, scratch);
-    share(s_.channels, [&](Range channels, int64_t) { write_image(image, channels, scratch); });
+    StemProgress* progress = scratch.progress;
     for (int64_t l = 0; l < s_.layers; ++l) {
-      share(tiles_.rows, [&](Range rows, int64_t thread) { run_layer(l, rows, scratch, thread); });
+      const int64_t first = std::max<int64_t>(rows.begin - (s_.layers - l), 0);
+      progress[l] = {first, first};
+      if (first == 0) clear_row(l, 0, scratch);
     }
-    share(tiles_.rows, [&](Range rows, int64_t) { pool(n, rows, scratch); });
+    for (int64_t pooled = rows.begin; pooled < rows.end;) {
+      for (int64_t l = 0; l < s_.layers; ++l) {
+        const int64_t read = l + 1 < s_.layers ? progress[l + 1].done : pooled;
+        move_window(l, std::min(read, progress[l].done), scratch);
+        int64_t end = std::min({progress[l].done + kBandRows, rows.end + s_.layers - 1 - l, rows_});
+        if (l > 0 && progress[l - 1].done < rows_) end = std::min(end, progress[l - 1].done - 1);
+        run_layer(l, image, {progress[l].done, end}, scratch);
+        progress[l].done = end;
+      }
+      const int64_t end = std::min(progress[s_.layers - 1].done, rows.end);
+      if (pooled < end) pool(n, {pooled, end}, scratch);
+      pooled = std::max(pooled, end);
+    }
   }
 
-  template <typename Work>
-  void share(int64_t items, Work work) const {
-    parallel(host_, host_.threads, [&](int64_t thread) {
-      const Range own = part_of(items, host_.threads, thread);
-      if (own.begin < own.end) work(own, thread);
-    });
+  // Row y of the padded map, which lies in layer l's window, is zero.
+  void clear_row(int64_t l, int64_t y, const StemScratch<T>& scratch) const {
+    const Planes& planes = tiles_.planes;
+    for (int64_t c = 0; c < layers_[l].outputs; ++c) {
+      for (int64_t x = 0; x < kStep; ++x) {
+        T* to = window(scratch, l, c) + planes.place(y - kStep * scratch.progress[l].first, x);
+        std::memset(to, 0, planes.pitch * sizeof(T));
+      }
+    }
+  }
+
+  // Layer l's window begins with row `first` of its planes.
+  void move_window(int64_t l, int64_t first, const StemScratch<T>& scratch) const {
+    StemProgress& progress = scratch.progress[l];
+    const int64_t distance = (first - progress.first) * tiles_.planes.pitch;
+    const int64_t count = (progress.done - first + 1) * tiles_.planes.pitch;
+    progress.first = first;
+    if (distance == 0) return;
+    T* plane = window(scratch, l, 0);
+    for (int64_t i = 0; i < kResults * layers_[l].outputs; ++i, plane += tiles_.planes.size) {
+      std::memmove(plane, plane + distance, count * sizeof(T));
+    }
   }
 
   Image<const T> image_of(int64_t n, const StemScratch<T>& scratch) const {
     return load_image<S>(args_.x, n, s_.batch, Extent{s_.channels, s_.height, s_.width}, scratch.image);
   }
 
-  void write_image(const Image<const T>& image, Range channels, const StemScratch<T>& scratch) const {
-    for (int64_t c = channels.begin; c < channels.end; ++c) {
-      for (int64_t y = 0; y < s_.height; ++y) {
-        write_row(image.row(c) + y * s_.width, y, s_.width, scratch.planes + c * read_.channel);
+  // What rows of the first map read, into the planes' window.
+  void write_image(const Image<const T>& image, Range rows, const StemScratch<T>& scratch) const {
+    const int64_t first = s_.stride * rows.begin - 1, end = s_.stride * (rows.end - 1) + 2;
+    for (int64_t c = 0; c < s_.channels; ++c) {
+      T* channel = scratch.planes + c * read_.channel;
+      for (int64_t y = first; y < end; ++y) {
+        if (y >= 0 && y < s_.height) {
+          write_row(image.row(c) + y * s_.width, y - first - 1, s_.width, channel);
+        } else {
+          for (int64_t x = 0; x < s_.stride; ++x) {
+            std::memset(channel + read_.place(y - first, x), 0, read_.pitch * sizeof(T));
+          }
+        }
       }
     }
   }
@@ -219,17 +236,27 @@ class Stem {
     }
   }
 
-  void run_layer(int64_t l, Range rows, const StemScratch<T>& scratch, int64_t thread) const {
-    if (rows.begin == rows.end) return;
-    if (l == 0) return run_first(rows, scratch);
+  void run_layer(int64_t l, const Image<const T>& image, Range rows, const StemScratch<T>& scratch) const {
+    if (rows.begin >= rows.end) return;
+    if (l == 0) {
+      run_first(image, rows, scratch);
+    } else {
+      run_tiles(l, rows, scratch);
+    }
+    if (rows.end == rows_) clear_row(l, s_.map_height() + 1, scratch);
+  }
+
+  void run_tiles(int64_t l, Range rows, const StemScratch<T>& scratch) const {
     const StemLayer<T>& layer = layers_[l];
-    const TileScratch<T> own(scratch.tiles + thread * scratch.tiles_size, layer.inputs, layer.outputs);
+    const TileScratch<T> own(scratch.tiles, layer.inputs, layer.outputs);
     const TiledWeights<T> weights{layer.weight, layer.tiled, layer.inputs, layer.outputs};
-    convolve_tiles(tiles_, map(scratch, l - 1, 0), weights, rows, own,
+    const int64_t first_read = scratch.progress[l - 1].first;
+    const int64_t moved = (first_read - scratch.progress[l].first) * tiles_.planes.pitch;
+    convolve_tiles(tiles_, window(scratch, l - 1, 0), weights, {rows.begin - first_read, rows.end - first_read}, own,
                    [&](int64_t first, int64_t count, Range channels, int64_t pitch) {
                      for (int64_t c = channels.begin; c < channels.end; ++c) {
                        const T* from = own.results + (c - channels.begin) * kResults * pitch;
-                       put_tiles(layer.norm, c, from, pitch, first, count, map(scratch, l, c));
+                       put_tiles(layer.norm, c, from, pitch, first, count, window(scratch, l, c) + moved);
                      }
                    });
   }
@@ -238,7 +265,7 @@ class Stem {
   void put_tiles(const Norm<T>& norm, int64_t c, const T* from, int64_t pitch, int64_t first, int64_t count,
                  T* channel) const {
     for (int r = 0; r < kResults; ++r) {
-      const LaneMask<T>* mask = inside_[r] + first;
+      const LaneMask<T>* mask = inside_[r % kStep] + first;
       T* to = channel + tiles_.inner[r] + first;
       for (int64_t i = 0; i < count; i += kLanes<T>) {
         // What is no result is the border, which is zero.
@@ -253,20 +280,23 @@ class Stem {
   }
 
   // The first layer, whose stride is free, in rows of the next one's tiles.
-  void run_first(Range rows, const StemScratch<T>& scratch) const {
+  void run_first(const Image<const T>& image, Range rows, const StemScratch<T>& scratch) const {
     const StemLayer<T>& layer = layers_[0];
-    const Range own{kStep * rows.begin, std::min(kStep * rows.end, tiles_.height)};
+    const Range own{kStep * rows.begin, std::min(kStep * rows.end, s_.map_height())};
+    const int64_t first = own.begin - kStep * scratch.progress[0].first;
+    write_image(image, own, scratch);
     for_each_tile(Range{0, layer.outputs}, [&](auto outputs, int64_t channel) {
       constexpr int kOutputs = decltype(outputs)::value;
       convolve_planes<kOutputs, T, Numbers<T>>(
-          read_, scratch.planes, layer.weight + channel * layer.inputs * kTaps, layer.inputs, {0, layer.inputs}, own,
-          tiles_.width, nullptr, [&](const T* from, int64_t pitch, int64_t y, int64_t x, int64_t count) {
+          read_, scratch.planes, layer.weight + channel * layer.inputs * kTaps, layer.inputs, {0, layer.inputs},
+          {0, own.end - own.begin}, tiles_.width, nullptr,
+          [&](const T* from, int64_t pitch, int64_t y, int64_t x, int64_t count) {
             T row[(kMostVectors + 2) * kLanes<T>];
             for (int64_t o = 0; o < kOutputs; ++o) {
               for (int64_t i = 0; i < count; i += kLanes<T>) {
                 store<T>(row + i, layer.norm.relu_of(load<T>(from + o * pitch + i), channel + o));
               }
-              put_row(tiles_.planes, row, y, x, count, map(scratch, 0, channel + o));
+              put_row(tiles_.planes, row, first + y, x, count, window(scratch, 0, channel + o));
             }
           });
     });
@@ -277,7 +307,8 @@ class Stem {
     const StemLayer<T>& last = layers_[s_.layers - 1];
     const int64_t width = tiles_.columns;
     for (int64_t c = 0; c < last.outputs; ++c) {
-      const T* channel = map(scratch, s_.layers - 1, c);
+      const T* channel =
+          window(scratch, s_.layers - 1, c) - scratch.progress[s_.layers - 1].first * tiles_.planes.pitch;
       for (int64_t y = rows.begin; y < rows.end; ++y) {
         S* to = image_data<S>(args_.out, n) + c * args_.out.stride[1] + y * args_.out.stride[2];
         for (int64_t x = 0; x < width; x += kLanes<T>) {
@@ -304,11 +335,12 @@ class Stem {
   const ConvolutionStem& args_;
   const Host& host_;
   const cs::Sizes& s_;
-  const Planes read_;  // of the image
-  const Tiles tiles_;  // of every layer's map
+  const int64_t rows_;  // of tiles of every layer's map, and of the pooled one
+  const Planes read_;   // of a window of the image
+  const Tiles tiles_;   // of a window of every layer's map
   StemLayer<T>* layers_;
-  int64_t maps_size_ = 0;
-  const LaneMask<T>* inside_[kResults];
+  int64_t windows_size_ = 0;
+  const LaneMask<T>* inside_[kStep];
 };
 
 }  // namespace

@@ -154,19 +154,24 @@ inline void squeeze_strips(const BlockSizes& s, const Cell<T>& cell, const Plane
     for (int64_t i = some.begin; i < some.end; ++i) {
       const int64_t first = i * kLength, count = s.positions() - first < kLength ? s.positions() - first : kLength;
       T* strip = memory + (i - some.begin) * lanes * kLength;
+      if (Halves && count <= kLanes<T>) {  // halves would be half empty
+        work(std::integral_constant<int, 1>(), std::false_type(), first, count, strip);
+        continue;
+      }
       with_constant<kStripVectors / kStep>((count + kStep * kLanes<T> - 1) / (kStep * kLanes<T>), [&](auto steps) {
-        work(std::integral_constant<int, kStep* decltype(steps)::value>(), first, count, strip);
+        work(std::integral_constant<int, kStep* decltype(steps)::value>(), std::bool_constant<Halves>(), first, count,
+             strip);
       });
     }
   };
   for (int64_t begin = strips.begin; begin < strips.end; begin += together) {
     const Range some{begin, begin + together < strips.end ? begin + together : strips.end};
-    for_each(some, [&](auto vectors, int64_t first, int64_t count, T* strip) {
-      activate<decltype(vectors)::value, T, L, Halves>(cell, x, first, strip, count);
+    for_each(some, [&](auto vectors, auto halves, int64_t first, int64_t count, T* strip) {
+      activate<decltype(vectors)::value, T, L, decltype(halves)::value>(cell, x, first, strip, count);
     });
     for_each_squeezed<L>(s, groups, [&](auto outputs, int64_t channel, int64_t lane) {
-      for_each(some, [&](auto vectors, int64_t first, int64_t count, T* strip) {
-        expand<decltype(vectors)::value, decltype(outputs)::value, Halves, T, L>(
+      for_each(some, [&](auto vectors, auto halves, int64_t first, int64_t count, T* strip) {
+        expand<decltype(vectors)::value, decltype(outputs)::value, decltype(halves)::value, T, L>(
             cell, planes, strip, first, count, channel, squeezed + lane * planes.channel);
       });
     });

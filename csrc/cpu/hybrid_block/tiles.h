@@ -46,7 +46,8 @@ inline void transform_inputs(const Planes& planes, const T* x, int64_t channels,
   const int64_t column[kTile] = {0, planes.size, 1, planes.size + 1};
   for (int64_t c = 0; c < channels; ++c, x += planes.channel) {
     for (int v = 0; v < Vectors; ++v, to += kLanes<T>) {
-      transform_input<T>([&](int i, int j) { return load<T>(x + row[i] + column[j] + v * kLanes<T>); }, to, pitch);
+      transform_input_read_once<T>([&](int i, int j) { return load<T>(x + row[i] + column[j] + v * kLanes<T>); }, to,
+                                   pitch);
     }
   }
 }
