@@ -23,6 +23,7 @@ LAYERS = {
     "strided, odd extents": Layer(2, 7, 9, 13, 5, 3, 2),
     "strided and grouped": Layer(2, 6, 8, 7, 4, 3, 2, 2),
     "a2, third block, grouped": Layer(9, 128, 8, 8, 32, 3, 1, 2),
+    "grouped, whole vectors of outputs, odd extents": Layer(3, 12, 7, 9, 48, 3, 1, 2),
     "more inputs than stay in cache": Layer(2, 83, 16, 48, 19, 3),
     "strided, more inputs than stay in cache": Layer(2, 83, 32, 32, 7, 3, 2),
     # By 25 products instead of 36, which few channels are not worth.
