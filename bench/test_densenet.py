@@ -16,7 +16,8 @@ products of the 3x3 convolutions are taken by F(2x2, 3x3) where maps are larger 
     4 (2x2)              0.59       0.23        0.25          0.5
     stem, transitions    3.34
 
-Transitions have 2.42 of the last line, and 0.60 as pyext trains them, pools first.
+Transitions have 2.42 of the last line, and 0.60 as pyext trains them, pools first, one matrix product of maps with
+images innermost.
 """
 
 from __future__ import annotations

@@ -53,8 +53,8 @@ struct BNReLUConv2dKernels {
   // Of a pool in place of the convolution: `kernel` is 0 and `out_channels` those of x. The means of 2x2:
   void (*pool)(const BNReLUConv2d&, const Host&);
   void (*pool_backward)(const BNReLUConv2d&, const Host&);
-  // Maxima of 3x3 at a stride of two, in float or double: channels of x and of its gradient are planes whose rows follow
-  // one another, those of the result as `rows` says.
+  // Maxima of 3x3 at a stride of two, in float or double: channels of x and of its gradient are planes whose rows
+  // follow one another, those of the result as `rows` says.
   void (*max_pool)(const BNReLUConv2d&, const Host&);
   void (*max_pool_backward)(const BNReLUConv2d&, const Host&);
 };

@@ -87,9 +87,11 @@ class BNReLUConv2d(nn.Module):
 class BNReLUConvSequential(RowStage, nn.Sequential):
     """`torch.nn.Sequential` that trains every BatchNorm2d, ReLU, Conv2d among its modules as one operator,
     `bn_relu_conv2d`, where that computes the same and is faster. On the CPU an average pool behind a 1x1 convolution
-    comes before it (both are linear, and of each window one product is left). At inference there, a BatchNorm2d becomes
-    part of the convolution before it, and the stem of a network for large images, 3x3 convolutions with BatchNorm2d and
-    ReLU and a max-pool, is one operator, `convolution_stem`. Names and state dictionary are nn.Sequential's.
+    comes before it (both are linear, and of each window one product is left); dense blocks, such transitions and the
+    normalisation, ReLU and max-pool before the first block hand on maps whose images lie innermost, which no hook sees.
+    At inference there, a BatchNorm2d becomes part of the convolution before it, and the stem of a network for large
+    images, 3x3 convolutions with BatchNorm2d and ReLU and a max-pool, is one operator, `convolution_stem`. Names and
+    state dictionary are nn.Sequential's.
 
     Source: arXiv 1603.05027.
     """
