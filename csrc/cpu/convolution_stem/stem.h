@@ -1,6 +1,6 @@
 // A stem on rows of one image after another: convolutions with normalisation and ReLU, then the pool. All layers go
-// down the image together, each a little ahead of the next, so that what lies between them is a window of a few rows
-// that stays in the second-level cache.
+// down the image together, each a little ahead of the next, so that of what lies between them a window of a few rows is
+// kept.
 #pragma once
 
 #include <algorithm>

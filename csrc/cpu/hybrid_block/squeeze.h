@@ -280,10 +280,10 @@ inline void convolve_groups(const BlockSizes& s, const Cell<T>& cell, const Plan
 }
 
 // Whether the 3x3 convolution is faster by tiles: by the products of whole vectors of either form. A transform of a
-// vector takes about as long as 48 of them.
+// vector takes about as long as 36 of them.
 template <typename T>
 inline bool prefers_tiles(const BlockSizes& s, const Tiles& tiles) {
-  constexpr int64_t kTransform = 48;
+  constexpr int64_t kTransform = 36;
   const int64_t inputs = s.squeeze / s.groups, outputs = s.growth / s.groups;
   const int64_t plain_lanes = (s.height - 1) * (s.width + 2) + s.width, lanes = tiles.lanes({0, tiles.rows}).end;
   // Rows of odd width are split one by one, which takes what is won.
