@@ -90,7 +90,8 @@ class ForwardPass {
       std::memset(memory.planes, 0, memory.planes_size * sizeof(T));
       for (int64_t n = images.begin; n < images.end; ++n) {
         run_image(n, memory);
-        if (noted()) moments_.set(n, load_image<S>(call_.args.out, n, s_.batch, call_.out_extent(), memory.out));
+        // Nothing is read past the image, where another thread may write.
+        if (noted()) moments_.set(n, load_image<S>(call_.args.out, n, n + 1, call_.out_extent(), memory.out));
       }
     });
     if (noted()) moments_.merge(call_.args.out_mean, call_.args.out_var);
