@@ -30,11 +30,10 @@ struct Panels {
   Panels moved(int64_t elements) const { return {data + elements, depth, columns}; }
 };
 
-// out (rows x columns) = or += left (rows x depth) * the rows [first, first + depth) of the panels `own`. Not inlined:
-// where callers' values take registers, the accumulators do not get them.
+// out (rows x columns) = or += left (rows x depth) * the rows [first, first + depth) of the panels `own`.
 template <typename T>
-__attribute__((noinline)) void multiply_panels(Left<T> left, const Panels<T>& right, Range own, int64_t first,
-                                               int64_t depth, T* out, int64_t out_pitch, int64_t rows, Result result) {
+PYEXT_OWN_REGISTERS void multiply_panels(Left<T> left, const Panels<T>& right, Range own, int64_t first, int64_t depth,
+                                         T* out, int64_t out_pitch, int64_t rows, Result result) {
   const int64_t tiles = (rows + kProductRows - 1) / kProductRows;
   for (int64_t p = own.begin; p < own.end; ++p) {
     const int64_t column = p * Panels<T>::kColumns, width = std::min(Panels<T>::kColumns, right.columns - column);

@@ -11,6 +11,9 @@
 #include <immintrin.h>
 #endif
 
+// Of a function whose sums are to stay in registers: inlined into a larger one, some of them are kept in memory.
+#define PYEXT_OWN_REGISTERS [[gnu::noinline]]
+
 namespace {
 
 #if defined(__AVX512F__)

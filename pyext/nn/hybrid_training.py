@@ -133,11 +133,11 @@ def _compute_module(
     """What the gradient of a module needs that reads the first `channels` of the buffer (`_SAVED` tensors). What the
     module makes of them is written into `out`."""
     mean, var = moments[0, :channels], moments[1, :channels]
-    squeezed, *squeezed_moments = _cell(tensors, 0).run_noting(buffer[:, :channels], mean, var, eps)
-    u = _cell(tensors, 5).run(squeezed, *squeezed_moments, eps, extents.groups)
+    noted = _cell(tensors, 0).run_noting(buffer[:, :channels], mean, var, eps)
+    u = _cell(tensors, 5).run(*noted, eps, extents.groups)
     out = torch.empty_like(u) if out is None else out
     gates = _OPS.gated_excitation_into(u, list(tensors[_GATES]), [], True, eps, out=out)
-    return [squeezed, *squeezed_moments, u, *gates]
+    return [*noted, u, *gates]
 
 
 def _move_running(

@@ -13,11 +13,10 @@ constexpr int kChunkStrips = kVectorBytes == 64 ? 2 : 4;
 template <typename T>
 constexpr int64_t kChunkPositions = kChunkStrips * kStripVectors * kLanes<T>;
 
-// to[c][o] += sum_p z[c][p] dy[p][o] for kTileOutputs channels c and Vectors vectors of o. Not inlined, since the
-// accumulators then stay in registers.
+// to[c][o] += sum_p z[c][p] dy[p][o] for kTileOutputs channels c and Vectors vectors of o.
 template <int Vectors, typename T>
-[[gnu::noinline]] void add_outer_products(const T* z, int64_t z_pitch, const T* dy, int64_t dy_pitch, int64_t positions,
-                                          T* to) {
+PYEXT_OWN_REGISTERS void add_outer_products(const T* z, int64_t z_pitch, const T* dy, int64_t dy_pitch,
+                                            int64_t positions, T* to) {
   Vec<T> sum[kTileOutputs][Vectors];
 #pragma GCC unroll 8
   for (int c = 0; c < kTileOutputs; ++c) {

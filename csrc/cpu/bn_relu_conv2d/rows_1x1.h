@@ -75,15 +75,15 @@ class RowsForward1x1 {
 // Strips of dz = W^T dy, whose lanes are positions, from weights [output][kTileOutputs]. Not inlined, as all products:
 // where callers' values take registers, the accumulators do not get them.
 template <int Rows, typename T>
-__attribute__((noinline)) void spread_strip(const T* weight, const T* dy, int64_t outputs, T* dz, int64_t dz_pitch) {
+PYEXT_OWN_REGISTERS void spread_strip(const T* weight, const T* dy, int64_t outputs, T* dz, int64_t dz_pitch) {
   product_tile<T, Rows, kStripVectors>({weight, 1, kTileOutputs}, dy, kStripLength<T>, dz, dz_pitch, outputs,
                                        Result::kReplaced);
 }
 
 // dW^T of a chunk, z dy^T, whose lanes are output channels.
 template <int Rows, typename T>
-__attribute__((noinline)) void multiply_panel(const T* z, int64_t z_pitch, const T* dy, int64_t positions, T* to,
-                                              int64_t to_pitch, Result result) {
+PYEXT_OWN_REGISTERS void multiply_panel(const T* z, int64_t z_pitch, const T* dy, int64_t positions, T* to,
+                                        int64_t to_pitch, Result result) {
   product_tile<T, Rows, kStripVectors>({z, z_pitch, 1}, dy, kStripLength<T>, to, to_pitch, positions, result);
 }
 
@@ -229,7 +229,7 @@ class RowsBackward1x1 {
   }
 
   // z of channel c, and scale * dz, for the way back through the normalisation not yet corrected.
-  __attribute__((noinline)) void pass_back(Range positions, int64_t c, const T* dz, T* z, double* norm_sums) const {
+  PYEXT_OWN_REGISTERS void pass_back(Range positions, int64_t c, const T* dz, T* z, double* norm_sums) const {
     // Constants of the function's own, which stores cannot reach, stay in registers.
     const Norm<T>& all = call_.norm();
     T mean = all.mean[c], bias = all.bias[c], scale = all.scale[c];

@@ -83,11 +83,10 @@ struct PackedWeights {
   static constexpr int64_t pitch() { return 1; }
 };
 
-// Vectors of a row of Outputs channels of the result, from `x` in the frames' row of the first tap on. Not inlined:
-// where callers' values take registers, the accumulators do not get them.
+// Vectors of a row of Outputs channels of the result, from `x` in the frames' row of the first tap on.
 template <int Vectors, int Outputs, typename T, typename Weights>
-__attribute__((noinline)) void convolve_rows(const Frames<T>& frames, const T* x, const Weights weights, Range taps,
-                                             int64_t count, T* to, int64_t to_pitch) {
+PYEXT_OWN_REGISTERS void convolve_rows(const Frames<T>& frames, const T* x, const Weights weights, Range taps,
+                                       int64_t count, T* to, int64_t to_pitch) {
   Vec<T> sum[Outputs][Vectors] = {};
   for (int64_t c = 0; c < frames.channels; ++c) {
     for (int64_t ky = taps.begin; ky < taps.end; ++ky) {
@@ -182,7 +181,7 @@ struct TapTile {
 
 // sums[i][k][v] += sum over elements of z[i][element + tap k] dy[element][v].
 template <int Channels, int Vectors, typename T>
-__attribute__((noinline)) void add_tap_products(const TapTile<T>& of, int64_t elements) {
+PYEXT_OWN_REGISTERS void add_tap_products(const TapTile<T>& of, int64_t elements) {
   constexpr int kRows = Channels * kGradientTaps;
   Vec<T> sum[kRows][Vectors];
   const auto at = [&](int row) { return of.sums + (row / kGradientTaps * kTaps + row % kGradientTaps) * of.pitch; };

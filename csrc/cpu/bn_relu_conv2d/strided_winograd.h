@@ -305,11 +305,10 @@ struct StripPanels {
   }
 };
 
-// out (a tile's rows x columns) = left (depth x rows of the tile) * the rows [first, first + depth) of the panels. Not
-// inlined: where callers' values take registers, the accumulators do not get them.
+// out (a tile's rows x columns) = left (depth x rows of the tile) * the rows [first, first + depth) of the panels.
 template <int Rows, typename T>
-__attribute__((noinline)) void multiply_packed(const T* left, const StripPanels<T>& right, int64_t first, int64_t depth,
-                                               T* out, int64_t out_pitch) {
+PYEXT_OWN_REGISTERS void multiply_packed(const T* left, const StripPanels<T>& right, int64_t first, int64_t depth,
+                                         T* out, int64_t out_pitch) {
   for (int64_t column = 0; column < right.columns; column += Panels<T>::kColumns) {
     const int64_t width = right.width(column);
     with_constant<kPanelVectors>(width / kLanes<T>, [&](auto vectors) {

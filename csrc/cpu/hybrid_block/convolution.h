@@ -19,9 +19,6 @@ constexpr int tile_vectors(int outputs) {
 }
 constexpr int kStripVectors = tile_vectors(kTileOutputs);
 
-// Of a function whose sums are to stay in registers: inlined into a larger one, some of them are kept in memory.
-#define PYEXT_OWN_REGISTERS [[gnu::noinline]] static
-
 // Calls work(std::integral_constant<int, n>) for n in [1, Most].
 template <int Most, typename Work>
 inline void with_constant(int64_t n, Work work) {
