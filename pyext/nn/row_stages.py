@@ -36,6 +36,8 @@ class RowStage:
 def train_stages(modules: Sequence[Any], x: Any) -> tuple[Any, int]:
     """What the first of `modules`, as many as train with images innermost, make of x; and how many those are."""
     out, done = x, 0
+    if not isinstance(x, Tensor):  # torch.fx traces the modules
+        return out, done
     if _begins(modules, x):
         norm = modules[0]
         out = bn_relu_max_pool(
@@ -51,10 +53,10 @@ def train_stages(modules: Sequence[Any], x: Any) -> tuple[Any, int]:
 
 def _is_stage(module: Any) -> bool:
     # A class derived from a stage may have a forward of its own.
-    return type(module) in RowStage.__subclasses__() and not has_forward_hooks(module)
+    return type(module) in RowStage.__subclasses__() and module.training and not has_forward_hooks(module)
 
 
-def _begins(modules: Sequence[Any], x: Any) -> bool:
+def _begins(modules: Sequence[Any], x: Tensor) -> bool:
     """Whether the modules are BatchNorm2d, ReLU and max-pool before a stage, and `bn_relu_max_pool` trains them on x
     faster than torch."""
     if len(modules) <= len(_STEM) or tuple(map(type, modules[: len(_STEM)])) != _STEM:
@@ -63,7 +65,7 @@ def _begins(modules: Sequence[Any], x: Any) -> bool:
     seen = any(map(has_forward_hooks, (norm, activation, pool))) or not _is_stage(modules[len(_STEM)])
     if seen or not is_max_pool(pool) or not normalises(norm) or not norm.training:
         return False
-    if not isinstance(x, Tensor) or not trains_on_the_cpu(x) or 0 in x.shape or x.shape[1] != norm.num_features:
+    if not trains_on_the_cpu(x) or 0 in x.shape or x.shape[1] != norm.num_features:
         return False
     if x.shape[0] < _LEAST_IMAGES:
         return False
