@@ -12,7 +12,7 @@ from pyext.nn.cells import normalises
 from pyext.nn.dense_inference import forget, infer_folded, infer_transition
 from pyext.nn.hooks import has_forward_hooks
 from pyext.nn.memory_format import memory_format_of, trains_on_the_cpu
-from pyext.nn.row_stages import RowStage, convolve_rows, train_stages
+from pyext.nn.row_stages import RowStage, convolve_rows, run_pool, train_stages
 from pyext.nn.stem_inference import infer_stem, stem_of
 from pyext.ops.bn_relu_conv2d import OPERATOR, bn_relu_conv2d, bn_relu_pool, images_innermost
 
@@ -125,7 +125,7 @@ class BNReLUConvSequential(RowStage, nn.Sequential):
         if len(modules) != 4 or not images_innermost(x) or not _pools_first(modules, x):
             return None
         norm, _, conv, _ = modules
-        return convolve_rows(_pool(norm, x), conv.weight) if torch.is_grad_enabled() else None
+        return convolve_rows(run_pool(bn_relu_pool, norm, x), conv.weight) if torch.is_grad_enabled() else None
 
     def train(self, mode: bool = True) -> BNReLUConvSequential:
         """`torch.nn.Module.train`, which also drops what is kept for inference."""
@@ -136,7 +136,7 @@ class BNReLUConvSequential(RowStage, nn.Sequential):
         """Norm, activation, convolution and pool, whose places are changed."""
         norm, activation, conv, pool = modules
         if torch.is_grad_enabled():
-            return conv(_pool(norm, x).contiguous(memory_format=memory_format_of(x)))
+            return conv(run_pool(bn_relu_pool, norm, x).contiguous(memory_format=memory_format_of(x)))
         if computes_the_operator(norm, conv) and conv.groups == 1 and _halves(pool):
             out = infer_transition(self, place, modules, x)
             if out is not None:
@@ -176,8 +176,8 @@ def _folds(modules: Sequence[Any]) -> bool:
     if [type(m) for m in modules] != [nn.Conv2d, nn.BatchNorm2d] or any(map(has_forward_hooks, modules)):
         return False
     conv, norm = modules
-    normalises = norm.affine and norm.track_running_stats and norm.running_mean is not None
-    return conv.bias is None and conv.padding_mode == "zeros" and normalises
+    known = norm.affine and norm.track_running_stats and norm.running_mean is not None
+    return conv.bias is None and conv.padding_mode == "zeros" and known
 
 
 def _halves(pool: nn.AvgPool2d) -> bool:
@@ -202,13 +202,6 @@ def _run_operator(norm: Any, conv: Any, x: Tensor) -> Tensor:
     if norm.training:
         norm.num_batches_tracked.add_(1)
     return out.contiguous(memory_format=memory_format_of(x))
-
-
-def _pool(norm: Any, x: Tensor) -> Tensor:
-    statistics = norm.running_mean, norm.running_var
-    out = bn_relu_pool(x, norm.weight, norm.bias, *statistics, momentum=norm.momentum, eps=norm.eps)
-    norm.num_batches_tracked.add_(1)
-    return out
 
 
 def computes_the_operator(norm: Any, conv: Any) -> bool:

@@ -6,7 +6,7 @@ result or input a hook may see runs as a module, in the caller's memory format.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,16 +39,19 @@ def train_stages(modules: Sequence[Any], x: Any) -> tuple[Any, int]:
     if not isinstance(x, Tensor):  # torch.fx traces the modules
         return out, done
     if _begins(modules, x):
-        norm = modules[0]
-        out = bn_relu_max_pool(
-            *(x, norm.weight, norm.bias, norm.running_mean, norm.running_var), momentum=norm.momentum, eps=norm.eps
-        )
-        norm.num_batches_tracked.add_(1)
-        done = len(_STEM)
+        out, done = run_pool(bn_relu_max_pool, modules[0], x), len(_STEM)
     while done < len(modules) and _is_stage(modules[done]) and (rows := modules[done].train_rows(out)) is not None:
         out = rows
         done += 1
     return (out.contiguous(memory_format=memory_format_of(x)) if done else x), done
+
+
+def run_pool(pool: Callable[..., Tensor], norm: Any, x: Tensor) -> Tensor:
+    """What `pool`, `bn_relu_pool` or `bn_relu_max_pool`, makes of x with a BatchNorm2d in training."""
+    statistics = norm.running_mean, norm.running_var
+    out = pool(x, norm.weight, norm.bias, *statistics, momentum=norm.momentum, eps=norm.eps)
+    norm.num_batches_tracked.add_(1)
+    return out
 
 
 def _is_stage(module: Any) -> bool:
